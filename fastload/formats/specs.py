@@ -1,0 +1,84 @@
+"""What a reader of any format says about a file: tensors described, not made.
+
+These are named tuples rather than dataclasses: a checkpoint can hold 100,000 tensors, and a named tuple is made
+in a fraction of the time of a frozen dataclass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastload.dtypes import DType
+
+__all__ = ["Encoding", "FileContents", "Region", "StorageView", "TensorSpec"]
+
+
+class Encoding(NamedTuple):
+    """How the bytes of a region are kept in the file when they cannot be used as they lie there.
+
+    Attributes:
+        compression: ``"none"`` or ``"deflate"`` (a raw deflate stream, as in a zip entry).
+        n_bytes: length of the encoded bytes in the file.
+        crc32: checksum of the decoded bytes, as the zip directory gives it; None where there is none.
+        swap_bytes: width in bytes of the units to be byte-swapped (big-endian data); 1 for none.
+    """
+
+    compression: str
+    n_bytes: int
+    crc32: int | None
+    swap_bytes: int
+
+
+class Region(NamedTuple):
+    """A run of bytes in a file that is one tensor's storage.
+
+    Attributes:
+        file: path of the file.
+        offset_bytes: where the bytes (encoded, if there is an encoding) begin in the file.
+        n_bytes: their number, after decoding.
+        encoding: None where the bytes in the file are the tensor's bytes.
+    """
+
+    file: str
+    offset_bytes: int
+    n_bytes: int
+    encoding: Encoding | None = None
+
+
+class StorageView(NamedTuple):
+    """How a tensor lies in a storage that is larger than it, shared, or not contiguous. Units: elements."""
+
+    offset: int
+    stride: tuple[int, ...]
+
+
+class TensorSpec(NamedTuple):
+    """One tensor of a file.
+
+    Attributes:
+        key: its name in the file.
+        dtype: type of its elements.
+        shape: its shape in torch's count of elements (for F4, the last dimension is half the header's).
+        region: the bytes of its storage. Tensors that share a storage have equal regions.
+        view: None where the tensor is contiguous and is the whole region.
+    """
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    region: Region
+    view: StorageView | None = None
+
+
+class FileContents(NamedTuple):
+    """All a file says of itself.
+
+    Attributes:
+        specs: its tensors, in the order of the file's own listing.
+        metadata: text kept beside them (safetensors ``__metadata__``); empty for other formats.
+        n_file_bytes: size of the file when it was read.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+    n_file_bytes: int

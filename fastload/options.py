@@ -1,0 +1,106 @@
+"""What a caller can ask for, checked where it is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastload import dtypes
+from fastload.dtypes import DType
+from fastload.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FileOptions", "HubOptions", "LoadOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubOptions:
+    """How a model hub is asked for files. Handed to huggingface_hub unchanged.
+
+    Attributes:
+        revision: branch, tag or commit; None for the default branch.
+        token: access token; None for the one that was logged in with, False for none.
+        cache_dir: folder of the download cache; None for huggingface_hub's own.
+        local_files_only: use what is cached and never the network.
+        force_download: fetch again even what is cached.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOptions:
+    """Which of a folder's files are the checkpoint.
+
+    Attributes:
+        variant: the ``fp16`` of ``model.fp16.safetensors``; None for the plain names.
+        subfolder: folder below the checkpoint's that holds config and weights.
+        use_safetensors: True for safetensors only, False for .bin only, None for safetensors first.
+    """
+
+    variant: str | None = None
+    subfolder: str = ""
+    use_safetensors: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant is not None and (not self.variant or set(self.variant) & set("/\\")):
+            raise OptionError("not the name of a variant", expected="a name such as 'fp16'", found=repr(self.variant))
+        parts = os.path.normpath(self.subfolder).split(os.sep)
+        if os.path.isabs(self.subfolder) or ".." in parts:
+            raise OptionError(
+                "a subfolder lies below the checkpoint's folder",
+                expected="a relative path without '..'",
+                found=repr(self.subfolder),
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How weights are placed into a module.
+
+    Attributes:
+        dtype: type that floating point tensors are converted to; None to keep each one's own. Integer, boolean,
+            complex and 8-bit float tensors always keep theirs.
+        device_map: module name -> device; ``""`` is the whole model. The longest name that fits decides.
+        strict: raise on any missing, unexpected or mismatched key.
+        ignore_mismatched_sizes: initialise parameters whose shape differs from the file's instead of raising.
+        key_mapping: regular expression -> replacement, applied to the file's keys in order before all else.
+    """
+
+    dtype: DType | None = None
+    device_map: Mapping[str, str] = field(default_factory=lambda: {"": "cpu"})
+    strict: bool = False
+    ignore_mismatched_sizes: bool = False
+    key_mapping: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not self.dtype.castable:
+            raise OptionError(
+                "weights are converted to floating point types only",
+                expected="float32, float16, bfloat16 or float64",
+                found=self.dtype.torch_name,
+            )
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> DType | None:
+    """The DType that a caller's ``dtype=`` means; None stays None."""
+    if dtype is None:
+        return None
+    if isinstance(dtype, str):
+        return dtypes.from_name(dtype)
+    return dtypes.from_torch(dtype)
+
+
+def reject_unknown(caller: str, unknown: Mapping[str, Any]) -> None:
+    """Raise TypeError as Python does for a keyword that nothing takes; a misspelt option must not pass in silence."""
+    if unknown:
+        names = ", ".join(repr(name) for name in sorted(unknown))
+        raise TypeError(f"{caller}() got an unexpected keyword argument: {names} (no option, and no field of the config)")
