@@ -1,0 +1,97 @@
+"""Writing a file so that a reader finds the old one or the new one, and never a part of either.
+
+The bytes go to a temporary file in the same folder (a rename is atomic only within one file system), which then takes
+the final name. The temporary file is opened with mode 0666, so that the kernel applies the umask: ``tempfile`` would
+leave 0600, and asking for the umask means setting it, for every thread of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+
+from fastload.errors import SaveError
+
+__all__ = ["create_temporary", "save_error", "sync_folder", "write_bytes", "write_text"]
+
+_FIXES = {
+    errno.ENOSPC: "free space on that file system, or save elsewhere",
+    errno.EDQUOT: "the disk quota is used up: free space, or save elsewhere",
+    errno.EACCES: "save to a folder that this user may write to",
+    errno.EPERM: "save to a folder that this user may write to",
+    errno.EROFS: "the file system is read-only: save elsewhere",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "a part of the path is a file: give a folder",
+    errno.EISDIR: "a folder has the file's name: move it away, or save elsewhere",
+}
+
+
+def save_error(path: str | os.PathLike[str], error: OSError, doing: str = "be written") -> SaveError:
+    """The SaveError for an OSError met while writing ``path``; ``doing`` completes "could not ..."."""
+    return SaveError(
+        f"{os.path.basename(path)} could not {doing}: {error.strerror or error}",
+        file=path,
+        fix=_FIXES.get(error.errno or 0, "see the reason above; files that were there before are unchanged"),
+    )
+
+
+def create_temporary(folder: str | os.PathLike[str]) -> tuple[int, str]:
+    """Open a new file for writing in ``folder`` under a name nothing else has: (descriptor, path).
+
+    The name begins with ``.fastload-`` and carries the process id, so that what a killed save left behind can be told
+    from other files. Its mode is the umask's. Raises OSError.
+    """
+    while True:
+        path = os.path.join(folder, f".fastload-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), path
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Ask for the renames in ``folder`` to survive a power failure. Not every file system can; that is no error."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(
+    path: str | os.PathLike[str], data: bytes | bytearray | memoryview, *, sync: bool = True
+) -> None:
+    """Put ``data`` at ``path``, whole or not at all.
+
+    Args:
+        path: the file; its folder must exist. A symbolic link is replaced, what it points to is left alone.
+        data: all of its bytes.
+        sync: have the bytes on the disk before the name points to them, so that a power failure leaves no empty file.
+
+    Raises:
+        SaveError: the operating system refused; whatever was at ``path`` is still there.
+    """
+    folder = os.path.dirname(os.fspath(path)) or os.curdir
+    try:
+        descriptor, temporary = create_temporary(folder)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                if sync:
+                    os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise save_error(path, error) from error
+    if sync:
+        sync_folder(folder)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, sync: bool = True) -> None:
+    """``write_bytes`` of ``text`` in UTF-8, line ends as they are."""
+    write_bytes(path, text.encode(), sync=sync)
