@@ -1,8 +1,8 @@
 """Writing a file so that a reader finds the old one or the new one, and never a part of either.
 
-The bytes go to a temporary file in the same folder (a rename is atomic only within one file system), which then takes
-the final name. The temporary file is opened with mode 0666, so that the kernel applies the umask: ``tempfile`` would
-leave 0600, and asking for the umask means setting it, for every thread of the process.
+The bytes go to a temporary file in the same folder (a rename is atomic only within one file system), which
+then takes the final name. The temporary file is opened with mode 0666, so that the kernel applies the umask:
+``tempfile`` would leave 0600, and asking for the umask means setting it, for every thread of the process.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def save_error(path: str | os.PathLike[str], error: OSError, doing: str = "be wr
 def create_temporary(folder: str | os.PathLike[str]) -> tuple[int, str]:
     """Open a new file for writing in ``folder`` under a name nothing else has: (descriptor, path).
 
-    The name begins with ``.fastload-`` and carries the process id, so that what a killed save left behind can be told
-    from other files. Its mode is the umask's. Raises OSError.
+    The name begins with ``.fastload-`` and carries the process id, so that what a killed save left behind
+    can be told from other files. Its mode is the umask's. Raises OSError.
     """
     while True:
         path = os.path.join(folder, f".fastload-{os.getpid()}-{secrets.token_hex(8)}.tmp")
@@ -50,7 +50,7 @@ def create_temporary(folder: str | os.PathLike[str]) -> tuple[int, str]:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Ask for the renames in ``folder`` to survive a power failure. Not every file system can; that is no error."""
+    """Ask for the renames in ``folder`` to survive a power failure. That a file system cannot is no error."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -65,9 +65,10 @@ def write_bytes(
     """Put ``data`` at ``path``, whole or not at all.
 
     Args:
-        path: the file; its folder must exist. A symbolic link is replaced, what it points to is left alone.
+        path: the file; its folder must exist. A symbolic link is replaced, its target left alone.
         data: all of its bytes.
-        sync: have the bytes on the disk before the name points to them, so that a power failure leaves no empty file.
+        sync: have the bytes on the disk before the name points to them, so that a power failure leaves no
+            empty file.
 
     Raises:
         SaveError: the operating system refused; whatever was at ``path`` is still there.
