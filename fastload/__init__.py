@@ -1,3 +1,135 @@
-"""fastload: load any Hugging Face checkpoint into PyTorch at the speed the hardware allows, and save it back."""
+"""fastload: load any Hugging Face checkpoint into PyTorch at the speed the hardware allows, and save it back.
+
+Importing this package costs next to nothing: every name below is fetched from its room when it is first used, and
+torch is imported only then.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastload.checkpoint import Checkpoint as Checkpoint
+    from fastload.checkpoint import open_checkpoint as open_checkpoint
+    from fastload.errors import FastloadError as FastloadError
+    from fastload.loader import load_model as load_model
+    from fastload.loader import load_state_dict as load_state_dict
+    from fastload.loader import report as report
+    from fastload.models.auto import (
+        AutoConfig as AutoConfig,
+    )
+    from fastload.models.auto import (
+        AutoModel as AutoModel,
+    )
+    from fastload.models.auto import (
+        AutoModelForCausalLM as AutoModelForCausalLM,
+    )
+    from fastload.models.auto import (
+        AutoModelForMaskedLM as AutoModelForMaskedLM,
+    )
+    from fastload.models.auto import (
+        AutoModelForMultipleChoice as AutoModelForMultipleChoice,
+    )
+    from fastload.models.auto import (
+        AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction,
+    )
+    from fastload.models.auto import (
+        AutoModelForPreTraining as AutoModelForPreTraining,
+    )
+    from fastload.models.auto import (
+        AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
+    )
+    from fastload.models.auto import (
+        AutoModelForSequenceClassification as AutoModelForSequenceClassification,
+    )
+    from fastload.models.auto import (
+        AutoModelForTokenClassification as AutoModelForTokenClassification,
+    )
+    from fastload.models.base import PreTrainedModel as PreTrainedModel
+    from fastload.models.bert import (
+        BertConfig as BertConfig,
+    )
+    from fastload.models.bert import (
+        BertForMaskedLM as BertForMaskedLM,
+    )
+    from fastload.models.bert import (
+        BertForMultipleChoice as BertForMultipleChoice,
+    )
+    from fastload.models.bert import (
+        BertForNextSentencePrediction as BertForNextSentencePrediction,
+    )
+    from fastload.models.bert import (
+        BertForPreTraining as BertForPreTraining,
+    )
+    from fastload.models.bert import (
+        BertForQuestionAnswering as BertForQuestionAnswering,
+    )
+    from fastload.models.bert import (
+        BertForSequenceClassification as BertForSequenceClassification,
+    )
+    from fastload.models.bert import (
+        BertForTokenClassification as BertForTokenClassification,
+    )
+    from fastload.models.bert import (
+        BertLMHeadModel as BertLMHeadModel,
+    )
+    from fastload.models.bert import (
+        BertModel as BertModel,
+    )
+    from fastload.models.config import PreTrainedConfig as PreTrainedConfig
+    from fastload.reports import LoadReport as LoadReport
+    from fastload.saver import SaveReport as SaveReport
+    from fastload.saver import save_state_dict as save_state_dict
+
+# Where each public name lives.
+_HOMES = {
+    "AutoConfig": "fastload.models.auto",
+    "AutoModel": "fastload.models.auto",
+    "AutoModelForCausalLM": "fastload.models.auto",
+    "AutoModelForMaskedLM": "fastload.models.auto",
+    "AutoModelForMultipleChoice": "fastload.models.auto",
+    "AutoModelForNextSentencePrediction": "fastload.models.auto",
+    "AutoModelForPreTraining": "fastload.models.auto",
+    "AutoModelForQuestionAnswering": "fastload.models.auto",
+    "AutoModelForSequenceClassification": "fastload.models.auto",
+    "AutoModelForTokenClassification": "fastload.models.auto",
+    "BertConfig": "fastload.models.bert",
+    "BertForMaskedLM": "fastload.models.bert",
+    "BertForMultipleChoice": "fastload.models.bert",
+    "BertForNextSentencePrediction": "fastload.models.bert",
+    "BertForPreTraining": "fastload.models.bert",
+    "BertForQuestionAnswering": "fastload.models.bert",
+    "BertForSequenceClassification": "fastload.models.bert",
+    "BertForTokenClassification": "fastload.models.bert",
+    "BertLMHeadModel": "fastload.models.bert",
+    "BertModel": "fastload.models.bert",
+    "Checkpoint": "fastload.checkpoint",
+    "FastloadError": "fastload.errors",
+    "LoadReport": "fastload.reports",
+    "PreTrainedConfig": "fastload.models.config",
+    "PreTrainedModel": "fastload.models.base",
+    "SaveReport": "fastload.saver",
+    "load_model": "fastload.loader",
+    "load_state_dict": "fastload.loader",
+    "open_checkpoint": "fastload.checkpoint",
+    "report": "fastload.loader",
+    "save_state_dict": "fastload.saver",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -79,7 +79,14 @@ DTYPES: dict[str, DType] = {
     )
 }
 _BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DTYPES.values() if dtype.torch_name}
-_SHORT_NAMES = {"half": "float16", "float": "float32", "double": "float64", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_SHORT_NAMES = {
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+}
 
 
 def from_code(code: str, *, file: str, key: str) -> DType:
@@ -111,7 +118,9 @@ def from_torch(dtype: torch.dtype) -> DType:
     """The type of a torch dtype; UnknownDtypeError for those no checkpoint format can hold (quantised ones)."""
     found = _BY_TORCH_NAME.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise UnknownDtypeError("no checkpoint format holds this dtype", found=dtype, fix="convert the tensor first")
+        raise UnknownDtypeError(
+            "no checkpoint format holds this dtype", found=dtype, fix="convert the tensor first"
+        )
     return found
 
 

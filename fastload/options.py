@@ -52,7 +52,9 @@ class FileOptions:
 
     def __post_init__(self) -> None:
         if self.variant is not None and (not self.variant or set(self.variant) & set("/\\")):
-            raise OptionError("not the name of a variant", expected="a name such as 'fp16'", found=repr(self.variant))
+            raise OptionError(
+                "not the name of a variant", expected="a name such as 'fp16'", found=repr(self.variant)
+            )
         parts = os.path.normpath(self.subfolder).split(os.sep)
         if os.path.isabs(self.subfolder) or ".." in parts:
             raise OptionError(
@@ -103,4 +105,6 @@ def reject_unknown(caller: str, unknown: Mapping[str, Any]) -> None:
     """Raise TypeError as Python does for a keyword that nothing takes; a misspelt option must not pass in silence."""
     if unknown:
         names = ", ".join(repr(name) for name in sorted(unknown))
-        raise TypeError(f"{caller}() got an unexpected keyword argument: {names} (no option, and no field of the config)")
+        raise TypeError(
+            f"{caller}() got an unexpected keyword argument: {names} (no option, and no field of the config)"
+        )

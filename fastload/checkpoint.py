@@ -1,0 +1,164 @@
+"""A checkpoint, opened: what is in it, and its tensors on demand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastload.errors import FormatError, IndexFileError
+from fastload.formats.detection import read_file
+from fastload.formats.specs import TensorSpec
+from fastload.options import FileOptions, HubOptions
+from fastload.reports import collapse_keys
+from fastload.sources.local import CheckpointFiles
+from fastload.sources.resolve import locate_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastload.storage.mapping import MappedFile
+
+__all__ = ["Checkpoint", "TensorSlice", "open_checkpoint"]
+
+
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """The tensors of a checkpoint by key. Opening reads headers only; a tensor is mapped when it is asked for.
+
+    Tensors are views of private mappings: they cost no memory until they are used, writing to one does not change the
+    file, and they outlive this object.
+
+    Attributes:
+        files: the weight files.
+        format: ``"safetensors"`` or ``"bin"``.
+        specs: every tensor's description, by key, file by file in each file's own order.
+        aliases: names that were dropped when tied tensors were stored once -> the key that was kept.
+        metadata: the text that safetensors files carry, of all files together.
+        notes: choices made when the files were looked for.
+    """
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.files = files.weights
+        self.format = files.format
+        self.notes = files.notes
+        self.specs: dict[str, TensorSpec] = {}
+        self.metadata: dict[str, str] = {}
+        self._n_file_bytes: dict[str, int] = {}
+        self._open_files: dict[str, MappedFile] = {}
+        for path in files.weights:
+            contents = read_file(path)
+            self._n_file_bytes[path] = contents.n_file_bytes
+            self.metadata.update(contents.metadata)
+            self._add(contents.specs, path, files.weight_map)
+        self._check_index(files)
+        self.aliases = {
+            dropped: kept
+            for dropped, kept in self.metadata.items()
+            if dropped != "format" and kept in self.specs and dropped not in self.specs
+        }
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors; storages that tensors share count once."""
+        return sum({spec.region[:3]: spec.region.n_bytes for spec in self.specs.values()}.values())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        spec = self.specs[self.aliases.get(key, key)]
+        return self.open_file(spec.region.file).tensor(spec)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def slice(self, key: str) -> TensorSlice:
+        """A tensor to be indexed before it is read: ``checkpoint.slice(key)[a:b]``."""
+        return TensorSlice(self, self.specs[self.aliases.get(key, key)])
+
+    def open_file(self, path: str) -> MappedFile:
+        """One of the files, mapped. Mapped once, however often it is asked for."""
+        file = self._open_files.get(path)
+        if file is None:
+            from fastload.storage.mapping import MappedFile
+
+            file = self._open_files.setdefault(path, MappedFile(path, self._n_file_bytes[path]))
+        return file
+
+    def _add(self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None) -> None:
+        for spec in specs:
+            known = self.specs.setdefault(spec.key, spec)
+            if known is spec:
+                continue
+            owner = (weight_map or {}).get(spec.key)
+            if owner not in (known.region.file, path):
+                raise FormatError(
+                    "a tensor is in two files, and the index does not say which one counts",
+                    file=path,
+                    key=spec.key,
+                    expected="every key in one file",
+                    found=f"also in {known.region.file}",
+                    fix="delete the file that belongs to an earlier save",
+                )
+            if owner == path:
+                self.specs[spec.key] = spec
+
+    def _check_index(self, files: CheckpointFiles) -> None:
+        lost = [key for key in files.weight_map or () if key not in self.specs]
+        if lost:
+            raise IndexFileError(
+                "the index lists tensors that no file holds",
+                file=files.index,
+                key=", ".join(collapse_keys(lost)),
+                expected=f"each in the file that the index gives for it ({len(files.weights)} files were read)",
+                found=f"{len(lost)} keys in none",
+                fix="fetch or save the checkpoint again; one of its files belongs to another save",
+            )
+
+
+class TensorSlice:
+    """One tensor of a checkpoint, whose parts can be asked for.
+
+    Attributes:
+        shape: its shape.
+        dtype: safetensors' code of its type, such as ``"F32"``.
+    """
+
+    __slots__ = ("_checkpoint", "_spec", "dtype", "shape")
+
+    def __init__(self, checkpoint: Checkpoint, spec: TensorSpec) -> None:
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self.shape = spec.shape
+        self.dtype = spec.dtype.code
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._checkpoint.open_file(self._spec.region.file).tensor(self._spec)[index]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    subfolder: str = "",
+    use_safetensors: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Checkpoint:
+    """Open a folder, one weight file, an index, or a repository of a model hub.
+
+    Only headers are read. Raises CheckpointNotFoundError where there are no weights, FormatError where a file is not
+    what it should be.
+    """
+    files = FileOptions(variant=variant, subfolder=subfolder, use_safetensors=use_safetensors)
+    hub = HubOptions(
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    return Checkpoint(locate_checkpoint(os.fspath(path), files, hub))

@@ -1,0 +1,288 @@
+"""The loading pipeline: plan, place and finish, around an opened checkpoint.
+
+`fill_module` is the one way in which weights get into a module. `load_model` calls it for any nn.Module, a model's
+`from_pretrained` for an architecture built from its config.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from fastload.checkpoint import Checkpoint, open_checkpoint
+from fastload.dtypes import to_torch
+from fastload.errors import IncompleteModelError, OptionError
+from fastload.options import LoadOptions, parse_dtype
+from fastload.placement.cpu import place
+from fastload.plan.keys import KeyRules
+from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
+from fastload.plan.rows import LoadPlan
+from fastload.plan.slots import Slot, describe_module
+from fastload.reports import LoadReport, Stopwatch, collapse_keys
+from fastload.storage.memory import private_bytes
+
+__all__ = ["Initialiser", "fill_module", "load_model", "load_state_dict", "report"]
+
+Initialiser = Callable[[nn.Module, str, torch.Tensor], None]
+"""Gives one parameter of one module its random first values: (owner, name in the owner, tensor)."""
+
+_REPORTS: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
+
+
+def load_state_dict(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    **where: Any,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by key.
+
+    Args:
+        path: a folder, one weight file, an index, or a hub id.
+        device: where the tensors shall be. On the CPU they are views of the mapped files.
+        dtype: type that floating point tensors are converted to; None keeps each one's own.
+        where: which files, as for `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, **where)
+    options = LoadOptions(dtype=parse_dtype(dtype))
+    tensors = place(
+        plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device)), checkpoint.open_file
+    )
+    tensors = {key: tensors[key] for key in checkpoint.specs}
+    return tensors | {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
+
+
+def load_model(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    **where: Any,
+) -> LoadReport:
+    """Fill any module from a checkpoint.
+
+    A parameter on the meta device becomes a view of the mapped file (or a tensor on ``device``); one that has memory
+    keeps it and is overwritten in place, so that optimisers and hooks that hold it stay right.
+
+    Args:
+        module: the module, built on meta or for real.
+        path: a folder, one weight file, an index, or a hub id.
+        device: where parameters on meta shall be made; None for the CPU.
+        dtype: type for floating point parameters on meta; None for the one the module was built with.
+        strict: raise KeyMatchError on any missing, unexpected or mismatched key, before anything is changed.
+        ignore_mismatched_sizes: leave parameters alone whose shape differs (they must have memory).
+        key_mapping: regular expression -> replacement for the files' keys.
+        where: which files, as for `open_checkpoint`.
+
+    Raises:
+        KeyMatchError: the keys do not fit.
+        IncompleteModelError: something would be left on meta.
+    """
+    clock = Stopwatch()
+    with clock("open"):
+        checkpoint = open_checkpoint(path, **where)
+    options = LoadOptions(
+        dtype=parse_dtype(dtype),
+        device_map={"": str(device or "cpu")},
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        key_mapping=key_mapping,
+    )
+    return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock)
+
+
+def report(model: nn.Module) -> LoadReport:
+    """The report of the load that filled a model; OptionError if fastload did not load it."""
+    try:
+        return _REPORTS[model]
+    except KeyError:
+        raise OptionError(
+            "this module was not loaded by fastload in this process", found=type(model).__name__
+        ) from None
+
+
+def fill_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    *,
+    source: str,
+    clock: Stopwatch,
+    rules: KeyRules | None = None,
+    initialise: Initialiser | None = None,
+) -> LoadReport:
+    """Plan, place and finish. Nothing of the module is changed before the plan has been accepted."""
+    before_bytes = private_bytes()
+    rules = rules or KeyRules()
+    with clock("plan"):
+        slots = describe_module(module)
+        plan = plan_model(checkpoint.specs, slots, options, rules, source)
+        empty = _left_empty(plan, slots)
+        if initialise is None and empty:
+            raise _incomplete(
+                "the files do not have these parameters, and the module has no values for them", empty
+            )
+    with clock("place"):
+        existing = _tensors_of(module) if any(not slot.on_meta for slot in slots.values()) else {}
+        tensors = place(plan, checkpoint.open_file, existing, title=os.path.basename(source) or source)
+    with clock("finish"):
+        notes = [*checkpoint.notes, *_finish(module, slots, plan, tensors, empty, options, rules, initialise)]
+    after_bytes = private_bytes()
+    result = LoadReport(
+        source=source,
+        files=checkpoint.files,
+        format=checkpoint.format,
+        n_tensors=len(plan.rows),
+        n_bytes=plan.n_bytes,
+        bytes_by_action=plan.bytes_by_action(),
+        stages_ms=clock.stages_ms,
+        private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
+        missing_keys=plan.keys.missing,
+        unexpected_keys=plan.keys.unexpected,
+        mismatched_keys=plan.mismatched,
+        ignored_keys=plan.keys.ignored,
+        initialised_keys=tuple(empty),
+        notes=tuple(notes),
+    )
+    _REPORTS[module] = result
+    return result
+
+
+def _left_empty(plan: LoadPlan, slots: Mapping[str, Slot]) -> list[str]:
+    """Names on meta that no row fills, directly or through a tie; of a tied group the first name stands for all."""
+    filled = {slots[row.fqn].tied_to or row.fqn for row in plan.rows}
+    return [
+        fqn
+        for fqn, slot in slots.items()
+        if slot.on_meta and slot.persistent and slot.tied_to is None and fqn not in filled
+    ]
+
+
+def _finish(
+    module: nn.Module,
+    slots: Mapping[str, Slot],
+    plan: LoadPlan,
+    tensors: Mapping[str, torch.Tensor],
+    empty: list[str],
+    options: LoadOptions,
+    rules: KeyRules,
+    initialise: Initialiser | None,
+) -> list[str]:
+    """Put the tensors into the module, tie, initialise what no file has, audit. Returns what is worth a note."""
+    owners = dict(module.named_modules(remove_duplicate=False))
+    device_of = device_finder(options.device_map)
+    made = {fqn: _as_slot(owners, fqn, tensor) for fqn, tensor in tensors.items() if slots[fqn].on_meta}
+    for fqn in empty:
+        dtype = to_torch(target_dtype(slots[fqn], options.dtype, rules))
+        made[fqn] = _as_slot(owners, fqn, torch.empty(slots[fqn].shape, dtype=dtype, device=device_of(fqn)))
+    notes = _tie(slots, plan, made)
+    for fqn, tensor in made.items():
+        owner, name = _owner(owners, fqn)
+        (owner._parameters if name in owner._parameters else owner._buffers)[name] = tensor
+    if initialise is not None:
+        with torch.no_grad():
+            for fqn in empty:
+                initialise(*_owner(owners, fqn), made[fqn])
+    _place_computed_buffers(owners, slots, device_of)
+    _audit(owners)
+    return notes
+
+
+def _as_slot(owners: Mapping[str, nn.Module], fqn: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the kind of object that it replaces: a parameter with its attributes, or a buffer."""
+    owner, name = _owner(owners, fqn)
+    old = owner._parameters.get(name)
+    if old is None:
+        return tensor
+    new = nn.Parameter(tensor, old.requires_grad and (tensor.is_floating_point() or tensor.is_complex()))
+    if old.__dict__:
+        new.__dict__.update(old.__dict__)
+    return new
+
+
+def _tie(slots: Mapping[str, Slot], plan: LoadPlan, made: dict[str, torch.Tensor]) -> list[str]:
+    """Give every name of a tied group the one parameter, whichever of the names the files had.
+
+    Where the files have two names of a group with different values, each keeps its own: the checkpoint knows better
+    than the config. As transformers does.
+    """
+    groups: dict[str, list[str]] = {}
+    for fqn, slot in slots.items():
+        if slot.tied_to is not None and slot.on_meta and slot.persistent:
+            groups.setdefault(slot.tied_to, [slot.tied_to]).append(fqn)
+    regions = {row.fqn: row.spec.region for row in plan.rows}
+    notes = []
+    for names in groups.values():
+        present = [fqn for fqn in names if fqn in made]
+        first = present[0]
+        for fqn in names:
+            if (
+                fqn not in made
+                or regions.get(fqn) == regions.get(first)
+                or _same_bytes(made[fqn], made[first])
+            ):
+                made[fqn] = made[first]
+            else:
+                notes.append(f"{fqn} and {first} are tied in the config but differ in the files: left untied")
+    return notes
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
+        return False
+    return torch.equal(a.detach().reshape(-1).view(torch.uint8), b.detach().reshape(-1).view(torch.uint8))
+
+
+def _place_computed_buffers(
+    owners: Mapping[str, nn.Module], slots: Mapping[str, Slot], device_of: Callable[[str], str]
+) -> None:
+    """Move the buffers that no file has to the device of the parameters around them."""
+    for fqn, slot in slots.items():
+        if not slot.persistent and not slot.on_meta and device_of(fqn) != "cpu":
+            owner, name = _owner(owners, fqn)
+            owner._buffers[name] = owner._buffers[name].to(device_of(fqn))  # type: ignore[union-attr]
+
+
+def _audit(owners: Mapping[str, nn.Module]) -> None:
+    """Raise if anything is left on meta: parameters, buffers, and plain tensor attributes too."""
+    left = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in owners.items()
+        for held in (owner._parameters, owner._buffers, owner.__dict__)
+        for name, value in held.items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
+    if left:
+        raise _incomplete("computed when the module was built, and built on meta", left)
+
+
+def _incomplete(problem: str, names: list[str]) -> IncompleteModelError:
+    return IncompleteModelError(
+        f"the model would not be whole: {problem}",
+        key=", ".join(collapse_keys(names)),
+        expected="a value for every parameter and buffer",
+        found=f"{len(names)} without",
+        fix="name device='cpu' where a buffer is computed in a constructor; give parameters that no file has memory first",
+    )
+
+
+def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return dict(parameters) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _owner(owners: Mapping[str, nn.Module], fqn: str) -> tuple[nn.Module, str]:
+    prefix, _, name = fqn.rpartition(".")
+    return owners[prefix], name

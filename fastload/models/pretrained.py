@@ -1,0 +1,278 @@
+"""from_pretrained and save_pretrained, for every native model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+
+from fastload.checkpoint import Checkpoint
+from fastload.dtypes import to_torch
+from fastload.errors import ConfigError, OptionError
+from fastload.loader import fill_module
+from fastload.models.skeleton import skeleton
+from fastload.options import FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
+from fastload.placement.device_map import DeviceMapArgument, dispatch, resolve_device_map
+from fastload.plan.keys import KeyRules
+from fastload.reports import LoadReport, Stopwatch, collapse_keys
+from fastload.saver import SaveReport, save_checkpoint
+from fastload.sources.resolve import locate_checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastload.models.config import PreTrainedConfig
+
+__all__ = ["PretrainedLoading"]
+
+_LOG = logging.getLogger("fastload")
+
+
+class PretrainedLoading:
+    """The mixin that gives an architecture its two verbs."""
+
+    config: PreTrainedConfig
+    config_class: ClassVar[type[PreTrainedConfig]]
+    base_model_prefix: ClassVar[str] = ""
+    _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...] | list[str] | None] = None
+    _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...] | list[str] | None] = None
+    _tied_weights_keys: ClassVar[Mapping[str, str] | None] = None
+    _keep_in_fp32_modules: ClassVar[tuple[str, ...] | list[str] | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: DeviceMapArgument = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        strict: bool = False,
+        variant: str | None = None,
+        subfolder: str = "",
+        use_safetensors: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        attn_implementation: str | None = None,
+        **config_fields: Any,
+    ) -> Any:
+        """Build the model from its config and fill it with trained weights.
+
+        The model is in eval mode. On the CPU, and where no conversion is asked for, its parameters are views of the
+        mapped files: nothing is read until it is used, and writing to a parameter never changes the file.
+
+        Args:
+            path: a folder with config.json and weights, or the id of a repository on a model hub.
+            model_args: further positional arguments of the model's constructor.
+            config: the config to use instead of the folder's config.json, or the path of one.
+            dtype: type of the floating point weights; "auto" for the config's, or else the files'. None for float32.
+            torch_dtype: the older name of dtype.
+            device_map: a device, a strategy ("auto", "balanced", "sequential"), or module name -> device.
+            max_memory: device -> limit for the strategies, such as ``{"cpu": "4GB"}``.
+            key_mapping: regular expression -> replacement for the files' keys.
+            ignore_mismatched_sizes: initialise parameters anew whose shape in the files differs.
+            output_loading_info: return ``(model, info)``; info has missing_keys, unexpected_keys, mismatched_keys
+                and error_msgs.
+            strict: raise KeyMatchError on any missing, unexpected or mismatched key.
+            variant: the ``fp16`` of ``model.fp16.safetensors``.
+            subfolder: folder below the checkpoint's that holds config and weights.
+            use_safetensors: True for safetensors only, False for .bin only, None for safetensors first.
+            revision, token, cache_dir, local_files_only, force_download: how a hub is asked (see HubOptions).
+            attn_implementation: "sdpa" or "eager".
+            config_fields: fields of the config to be set otherwise than in the file.
+
+        Raises:
+            TypeError: a keyword that is neither an option nor a field of the config.
+            FastloadError: see `fastload.errors`; nothing is left half loaded.
+        """
+        clock = Stopwatch()
+        hub = HubOptions(
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        with clock("resolve"):
+            config = cls._find_config(config if config is not None else path, subfolder, hub, config_fields)
+            files = FileOptions(variant=variant, subfolder=subfolder, use_safetensors=use_safetensors)
+            found = locate_checkpoint(os.fspath(path), files, hub)
+        with clock("open"):
+            checkpoint = Checkpoint(found)
+            wanted_dtype = _choose_dtype(torch_dtype or dtype, config, checkpoint)
+            config.dtype = wanted_dtype
+            if attn_implementation is not None:
+                config._attn_implementation = attn_implementation
+        with clock("skeleton"):
+            with skeleton():
+                model: Any = cls(config, *model_args)  # type: ignore[call-arg]
+            devices = resolve_device_map(model, device_map, max_memory, wanted_dtype)
+        options = LoadOptions(
+            dtype=parse_dtype(wanted_dtype),
+            device_map={name: "cpu" if device == "disk" else device for name, device in devices.items()},
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            key_mapping=key_mapping,
+        )
+        report = fill_module(
+            model,
+            checkpoint,
+            options,
+            source=os.fspath(path),
+            clock=clock,
+            rules=cls._key_rules(),
+            initialise=model.init_parameter,
+        )
+        model.eval()
+        model.name_or_path = config.name_or_path = os.fspath(path)
+        if device_map is not None:
+            model.hf_device_map = devices
+            dispatch(model, devices)
+        _warn_of_keys(cls.__name__, report)
+        return (model, _loading_info(report)) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+    ) -> SaveReport | None:
+        """Write config.json and the weights, so that from_pretrained and transformers read them.
+
+        The save is atomic: whatever happens in its course, the folder loads as it was before or as it is to be. The
+        files that the model is mapped from may be overwritten.
+
+        Args:
+            save_directory: folder, made if need be.
+            max_shard_size: most bytes of a shard, as a number or "5GB" (decimal) or "5GiB".
+            safe_serialization: True for safetensors, False for .bin.
+            variant: the ``fp16`` of ``model.fp16.safetensors``.
+            state_dict: tensors to save in place of the model's own.
+            is_main_process: False does nothing, for all ranks but one of a distributed program.
+
+        Returns:
+            What was written; None if this is not the main process.
+        """
+        if not is_main_process:
+            return None
+        model: Any = self
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = model.dtype
+        return save_checkpoint(
+            model.state_dict() if state_dict is None else state_dict,
+            save_directory,
+            max_shard_size=max_shard_size,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            extra_files={"config.json": self.config.to_json_string()},
+            tied=self._tied_names(),
+        )
+
+    def _tied_names(self) -> dict[str, str]:
+        """Names that hold the same parameter as another -> that other, as far as they are tied at this moment."""
+        parameters = dict(cast("nn.Module", self).named_parameters(remove_duplicate=False))
+        declared = self._tied_weights_keys or {}
+        return {tied: kept for tied, kept in declared.items() if parameters.get(tied) is parameters.get(kept)}
+
+    @classmethod
+    def _find_config(
+        cls,
+        config: PreTrainedConfig | str | os.PathLike[str],
+        subfolder: str,
+        hub: HubOptions,
+        config_fields: Mapping[str, Any],
+    ) -> PreTrainedConfig:
+        if not isinstance(config, str | os.PathLike):
+            unknown = {name: value for name, value in config_fields.items() if not hasattr(config, name)}
+            reject_unknown(f"{cls.__name__}.from_pretrained", unknown)
+            own = copy.deepcopy(config)
+            for name, value in config_fields.items():
+                setattr(own, name, value)
+            return own
+        found, unknown = cls.config_class.from_pretrained(
+            config,
+            subfolder=subfolder,
+            revision=hub.revision,
+            token=hub.token,
+            cache_dir=hub.cache_dir,
+            local_files_only=hub.local_files_only,
+            force_download=hub.force_download,
+            return_unused_kwargs=True,
+            **config_fields,
+        )
+        reject_unknown(f"{cls.__name__}.from_pretrained", unknown)
+        if found.model_type != cls.config_class.model_type:
+            raise ConfigError(
+                f"{cls.__name__} cannot load this checkpoint",
+                file=os.fspath(config),
+                key="model_type",
+                expected=cls.config_class.model_type,
+                found=found.model_type,
+                fix="use AutoModel, which chooses the class by the config",
+            )
+        return found
+
+    @classmethod
+    def _key_rules(cls) -> KeyRules:
+        return KeyRules(
+            base_prefix=cls.base_model_prefix,
+            ignore_missing=tuple(cls._keys_to_ignore_on_load_missing or ()),
+            ignore_unexpected=tuple(cls._keys_to_ignore_on_load_unexpected or ()),
+            keep_in_fp32=tuple(cls._keep_in_fp32_modules or ()),
+        )
+
+
+def _choose_dtype(
+    dtype: str | torch.dtype | None, config: PreTrainedConfig, checkpoint: Checkpoint
+) -> torch.dtype:
+    """The type to load in: asked for, or for "auto" the config's, or else that of the first floating point tensor."""
+    if dtype != "auto":
+        chosen = parse_dtype(dtype if dtype is not None else torch.get_default_dtype())
+    else:
+        of_files = (spec.dtype for spec in checkpoint.specs.values() if spec.dtype.castable)
+        chosen = parse_dtype(config.dtype) or next(of_files, None)
+    if chosen is None:
+        return torch.get_default_dtype()
+    if not chosen.castable:
+        raise OptionError(
+            "models are loaded in floating point types only",
+            key="dtype",
+            expected="float32, float16, bfloat16 or float64",
+            found=chosen.torch_name,
+        )
+    return to_torch(chosen)
+
+
+def _loading_info(report: LoadReport) -> dict[str, Any]:
+    return {
+        "missing_keys": set(report.missing_keys),
+        "unexpected_keys": set(report.unexpected_keys),
+        "mismatched_keys": set(report.mismatched_keys),
+        "error_msgs": [],
+    }
+
+
+def _warn_of_keys(name: str, report: LoadReport) -> None:
+    """One warning for all that a user of the model should know about its keys."""
+    lines = [
+        f"  not in the files, initialised at random: {row}" for row in collapse_keys(report.initialised_keys)
+    ]
+    lines += [f"  not in the model, left out: {row}" for row in collapse_keys(report.unexpected_keys)]
+    if lines:
+        _LOG.warning("%s from %s:\n%s", name, report.source, "\n".join(lines))

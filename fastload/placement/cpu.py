@@ -1,0 +1,61 @@
+"""Carrying out a plan from mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fastload.dtypes import to_torch
+from fastload.plan.rows import Action, LoadPlan, PlanRow
+from fastload.progress import Progress
+from fastload.storage.mapping import MappedFile
+
+__all__ = ["place"]
+
+
+def place(
+    plan: LoadPlan,
+    open_file: Callable[[str], MappedFile],
+    existing: Mapping[str, torch.Tensor] | None = None,
+    title: str = "loading",
+) -> dict[str, torch.Tensor]:
+    """The tensors of a plan by name.
+
+    Args:
+        plan: what to do.
+        open_file: path -> the mapped file; called once a row, so it should remember.
+        existing: the module's own tensors, for rows that fill memory that is there.
+        title: label of the progress bar.
+    """
+    placed: dict[str, torch.Tensor] = {}
+    existing = existing or {}
+    mapped, moved = [], []
+    for row in plan.rows:
+        (mapped if row.action is Action.MAP else moved).append(row)
+    for row in mapped:
+        placed[row.fqn] = open_file(row.spec.region.file).tensor(row.spec)
+    if moved:
+        with Progress(title, sum(row.spec.region.n_bytes for row in moved)) as progress, torch.no_grad():
+            for row in moved:
+                placed[row.fqn] = _write(row, open_file(row.spec.region.file), existing.get(row.fqn))
+                progress.advance(row.spec.region.n_bytes)
+    return placed
+
+
+def _write(row: PlanRow, file: MappedFile, destination: torch.Tensor | None) -> torch.Tensor:
+    source = file.tensor(row.spec)
+    if row.action in (Action.COPY, Action.DECODE):
+        # The file made this tensor memory of its own, because its bytes cannot be used where they lie.
+        return source
+    if row.action is Action.FILL:
+        assert destination is not None
+        destination.copy_(source)
+        result = destination
+    elif row.action is Action.CAST:
+        result = source.to(to_torch(row.dtype))
+    else:
+        # A driver that copies from a private writable mapping first breaks its copy-on-write, page by page.
+        result = source.clone().to(row.device).to(to_torch(row.dtype))
+    file.release(row.spec.region)
+    return result

@@ -1,0 +1,110 @@
+"""Device maps: which module of a model goes to which device. The one place that imports accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastload.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["DeviceMapArgument", "dispatch", "resolve_device_map"]
+
+DeviceMapArgument = str | int | torch.device | Mapping[str, str | int | torch.device] | None
+
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def resolve_device_map(
+    model: nn.Module,
+    device_map: DeviceMapArgument,
+    max_memory: Mapping[int | str, int | str] | None,
+    dtype: torch.dtype | None,
+) -> dict[str, str]:
+    """module name -> device string, from any of the forms that transformers accepts.
+
+    Args:
+        model: the skeleton.
+        device_map: a strategy, one device, a mapping, or None for the CPU.
+        max_memory: device -> limit, as accelerate spells it; for strategies only.
+        dtype: the type the model will have.
+
+    Raises:
+        OptionError: an unknown strategy or device, or a device that is not there.
+    """
+    if device_map is None:
+        if max_memory is not None:
+            raise OptionError(
+                "max_memory limits what a strategy may use", fix="pass device_map='auto' with it"
+            )
+        return {"": "cpu"}
+    if isinstance(device_map, Mapping):
+        return {name: _device_name(device) for name, device in device_map.items()}
+    if not isinstance(device_map, str) or device_map not in _STRATEGIES:
+        return {"": _device_name(device_map)}
+    if max_memory is None and not torch.accelerator.is_available():
+        return {"": "cpu"}
+    return _infer(model, device_map, max_memory, dtype)
+
+
+def dispatch(model: nn.Module, device_map: Mapping[str, str]) -> None:
+    """Install accelerate's hooks where a model lies on several devices; a model on one device needs none."""
+    if len(set(device_map.values()) - {"disk"}) < 2:
+        return
+    from accelerate import dispatch_model
+
+    # What lies on disk is mapped on the CPU: the kernel keeps of it what memory allows.
+    dispatch_model(
+        model, {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
+    )
+
+
+def _infer(
+    model: nn.Module,
+    strategy: str,
+    max_memory: Mapping[int | str, int | str] | None,
+    dtype: torch.dtype | None,
+) -> dict[str, str]:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    no_split: Any = sorted(getattr(model, "_no_split_modules", None) or ())
+    limits = dict(max_memory) if max_memory is not None else None
+    if strategy == "sequential":
+        budget = get_max_memory(limits)
+    else:
+        budget = get_balanced_memory(
+            model,
+            max_memory=limits,
+            no_split_module_classes=no_split,
+            dtype=dtype,
+            low_zero=strategy == "balanced_low_0",
+        )
+    inferred = infer_auto_device_map(model, max_memory=budget, no_split_module_classes=no_split, dtype=dtype)
+    return {name: _device_name(device) for name, device in inferred.items()}
+
+
+def _device_name(device: str | int | torch.device) -> str:
+    if device == "disk":
+        return "disk"
+    try:
+        if isinstance(device, int):
+            return str(torch.device(torch.accelerator.current_accelerator() or "cuda", device))
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(
+            "unknown device in device_map",
+            expected=f"a device, 'disk', or one of {', '.join(_STRATEGIES)}",
+            found=repr(device),
+        ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            "device_map names a device that this machine does not have",
+            expected=f"one of {torch.cuda.device_count()} CUDA devices, or 'cpu'",
+            found=str(found),
+        )
+    return str(found)

@@ -1,0 +1,140 @@
+"""Making plans: specs x slots x options -> rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from fastload.dtypes import DTYPES, DType
+from fastload.errors import KeyMatchError
+from fastload.formats.specs import TensorSpec
+from fastload.options import LoadOptions
+from fastload.plan.keys import KeyMatch, KeyRules, match_keys
+from fastload.plan.rows import Action, LoadPlan, PlanRow
+from fastload.plan.slots import Slot
+from fastload.reports import collapse_keys
+
+__all__ = ["device_finder", "plan_model", "plan_state_dict", "target_dtype"]
+
+_F32 = DTYPES["F32"]
+_F16 = DTYPES["F16"]
+
+
+def plan_state_dict(specs: Mapping[str, TensorSpec], *, dtype: DType | None, device: str) -> LoadPlan:
+    """A plan for a plain state dict: every tensor under its own key, on one device."""
+    rows = [
+        _row(key, spec, dtype if dtype and spec.dtype.castable else spec.dtype, device)
+        for key, spec in specs.items()
+    ]
+    fqn_of_key = {key: key for key in specs}
+    return LoadPlan(tuple(rows), KeyMatch(fqn_of_key, (), (), ()))
+
+
+def plan_model(
+    specs: Mapping[str, TensorSpec],
+    slots: Mapping[str, Slot],
+    options: LoadOptions,
+    rules: KeyRules,
+    source: str,
+) -> LoadPlan:
+    """A plan for a model.
+
+    Args:
+        specs: the files' tensors by key.
+        slots: the model's tensors by name.
+        options: what the caller asked for.
+        rules: what the architecture knows of its keys.
+        source: the checkpoint's path, for messages.
+
+    Raises:
+        KeyMatchError: one message with every problem: shapes that differ (unless ignore_mismatched_sizes), and under
+            strict also missing and unexpected keys.
+    """
+    keys = match_keys(specs, slots, rules, options.key_mapping)
+    device_of = device_finder(options.device_map)
+    rows: list[PlanRow] = []
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for key, fqn in keys.fqn_of_key.items():
+        spec, slot = specs[key], slots[fqn]
+        if spec.shape != slot.shape:
+            mismatched.append((fqn, spec.shape, slot.shape))
+            continue
+        wanted = target_dtype(slot, options.dtype, rules)
+        dtype = wanted if wanted.castable and spec.dtype.castable else spec.dtype
+        if slot.on_meta:
+            rows.append(_row(fqn, spec, dtype, device_of(fqn)))
+        else:
+            rows.append(PlanRow(fqn, spec, slot.dtype, "", Action.FILL, "the module has memory of its own"))
+    rows.sort(key=lambda row: row.spec.region[:2])
+    plan = LoadPlan(tuple(rows), keys, tuple(mismatched))
+    _check(plan, options, source)
+    return plan
+
+
+def target_dtype(slot: Slot, dtype: DType | None, rules: KeyRules) -> DType:
+    """The type a slot will have: the caller's for floating point slots, with the architecture's exceptions."""
+    if dtype is None or not slot.dtype.castable:
+        return slot.dtype
+    if dtype is _F16 and any(part in slot.fqn.split(".") for part in rules.keep_in_fp32):
+        return _F32
+    return dtype
+
+
+def device_finder(device_map: Mapping[str, str]) -> Callable[[str], str]:
+    """name -> device, by the longest module name of the map that the name lies in; "cpu" where none fits."""
+    if set(device_map) == {""}:
+        only = device_map[""]
+        return lambda fqn: only
+
+    def find(fqn: str) -> str:
+        name = fqn
+        while name:
+            if name in device_map:
+                return device_map[name]
+            name = name.rpartition(".")[0]
+        return device_map.get("", "cpu")
+
+    return find
+
+
+def _row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
+    if device != "cpu":
+        return PlanRow(fqn, spec, dtype, device, Action.MOVE, f"to {device}")
+    if dtype is not spec.dtype:
+        return PlanRow(fqn, spec, dtype, device, Action.CAST, f"{spec.dtype} to {dtype}")
+    if spec.region.encoding is not None:
+        return PlanRow(fqn, spec, dtype, device, Action.DECODE, "compressed or big-endian in the file")
+    if spec.region.offset_bytes % dtype.itemsize:
+        return PlanRow(
+            fqn, spec, dtype, device, Action.COPY, f"not on a multiple of {dtype.itemsize} bytes in the file"
+        )
+    return PlanRow(fqn, spec, dtype, device, Action.MAP)
+
+
+def _check(plan: LoadPlan, options: LoadOptions, source: str) -> None:
+    """Raise once, for everything that cannot be accepted."""
+    problems: list[str] = []
+    if options.strict or not options.ignore_mismatched_sizes:
+        problems += [
+            f"shape of {fqn}: {list(in_file)} in the file, {list(in_model)} in the model"
+            for fqn, in_file, in_model in plan.mismatched
+        ]
+    if options.strict:
+        problems += _listed("missing in the files", plan.keys.missing)
+        problems += _listed("not in the model", plan.keys.unexpected)
+    if not problems:
+        return
+    fix = "load with the config that the checkpoint was saved with"
+    if plan.mismatched and not options.strict:
+        fix += ", or pass ignore_mismatched_sizes=True to initialise these parameters anew"
+    if options.strict:
+        fix += ", rename keys with key_mapping, or pass strict=False"
+    raise KeyMatchError(
+        f"the checkpoint does not fit the model ({len(problems)} problems)",
+        file=source,
+        found="\n            ".join(problems),
+        fix=fix,
+    )
+
+
+def _listed(problem: str, keys: Iterable[str]) -> list[str]:
+    return [f"{problem}: {row}" for row in collapse_keys(keys)]

@@ -1,0 +1,112 @@
+"""A plan: what will be done with every tensor, before anything is done.
+
+A plan is data. It can be printed, counted in bytes, and tested without a file or a device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+from fastload.dtypes import DType
+from fastload.formats.specs import TensorSpec
+from fastload.plan.keys import KeyMatch
+
+__all__ = ["Action", "LoadPlan", "PlanRow"]
+
+
+class Action(Enum):
+    """How the bytes of a row reach their place."""
+
+    MAP = "map"
+    """the parameter is a view of the mapped file: nothing is read until it is used"""
+    COPY = "copy"
+    """copied as they are, because they are not aligned in the file"""
+    DECODE = "decode"
+    """decompressed or byte-swapped"""
+    FILL = "fill"
+    """copied, and converted if need be, into memory that the module already has"""
+    CAST = "cast"
+    """converted to another dtype"""
+    MOVE = "move"
+    """sent to another device, converted there if need be"""
+
+
+class PlanRow(NamedTuple):
+    """One tensor's way from a file into the model.
+
+    Attributes:
+        fqn: its name in the model (its key, where there is no model).
+        spec: where it is.
+        dtype: the type it will have.
+        device: the device it will be on.
+        action: how it gets there.
+        reason: why not by mapping; "" for mapped rows.
+    """
+
+    fqn: str
+    spec: TensorSpec
+    dtype: DType
+    device: str
+    action: Action
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """All rows, by file and offset, and what was decided about keys that have none.
+
+    Attributes:
+        rows: the tensors that will be placed.
+        keys: how the files' keys and the model's names fit.
+        mismatched: (name, shape in the file, shape in the model) of tensors that will not be placed.
+    """
+
+    rows: tuple[PlanRow, ...]
+    keys: KeyMatch
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the files of all rows. A storage that several rows share counts once."""
+        return sum(self.bytes_by_action().values())
+
+    def bytes_by_action(self) -> dict[str, int]:
+        """Bytes in the files by action, in the order in which actions first occur."""
+        counts: Counter[str] = Counter()
+        seen: set[tuple[str, int, int]] = set()
+        for row in self.rows:
+            file, offset, n_bytes, _ = row.spec.region
+            if n_bytes and (file, offset, n_bytes) not in seen:
+                seen.add((file, offset, n_bytes))
+                counts[row.action.value] += n_bytes
+        return dict(counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "n_bytes": self.n_bytes,
+            "bytes_by_action": self.bytes_by_action(),
+            "missing": list(self.keys.missing),
+            "unexpected": list(self.keys.unexpected),
+            "ignored": list(self.keys.ignored),
+            "mismatched": [list(row) for row in self.mismatched],
+            "rows": [
+                {
+                    "fqn": row.fqn,
+                    "key": row.spec.key,
+                    "file": row.spec.region.file,
+                    "offset_bytes": row.spec.region.offset_bytes,
+                    "n_bytes": row.spec.region.n_bytes,
+                    "from_dtype": row.spec.dtype.code,
+                    "dtype": row.dtype.code,
+                    "shape": list(row.spec.shape),
+                    "device": row.device,
+                    "action": row.action.value,
+                    "reason": row.reason,
+                }
+                for row in self.rows
+            ],
+        }
