@@ -133,7 +133,8 @@ def collapse_keys(keys: Iterable[str]) -> list[str]:
     Keys keep the order of their first member. A key with several numbers collapses over the one that varies.
     """
     rows = list(dict.fromkeys(keys))
-    for position in range(max((len(_NUMBER.findall(row)) for row in rows), default=0)):
+    # From the last number to the first, so that the positions of those still to come stay what they are.
+    for position in reversed(range(max((len(_NUMBER.findall(row)) for row in rows), default=0))):
         groups: dict[tuple[str, str], list[int]] = {}
         for row in rows:
             numbers = list(_NUMBER.finditer(row))
