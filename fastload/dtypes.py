@@ -114,6 +114,7 @@ def from_name(name: str) -> DType:
     return found
 
 
+@cache
 def from_torch(dtype: torch.dtype) -> DType:
     """The type of a torch dtype; UnknownDtypeError for those no checkpoint format can hold (quantised ones)."""
     found = _BY_TORCH_NAME.get(str(dtype).removeprefix("torch."))

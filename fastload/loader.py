@@ -22,7 +22,7 @@ from fastload.placement.cpu import place
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
 from fastload.plan.rows import LoadPlan
-from fastload.plan.slots import Slot, describe_module
+from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.storage.memory import private_bytes
 
@@ -125,7 +125,8 @@ def fill_module(
     before_bytes = private_bytes()
     rules = rules or KeyRules()
     with clock("plan"):
-        slots = describe_module(module)
+        modules = walk_modules(module)
+        slots = describe_modules(modules)
         plan = plan_model(checkpoint.specs, slots, options, rules, source)
         empty = _left_empty(plan, slots)
         if initialise is None and empty:
@@ -136,7 +137,7 @@ def fill_module(
         existing = _tensors_of(module) if any(not slot.on_meta for slot in slots.values()) else {}
         tensors = place(plan, checkpoint.open_file, existing, title=os.path.basename(source) or source)
     with clock("finish"):
-        notes = [*checkpoint.notes, *_finish(module, slots, plan, tensors, empty, options, rules, initialise)]
+        notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
     after_bytes = private_bytes()
     result = LoadReport(
         source=source,
@@ -169,7 +170,7 @@ def _left_empty(plan: LoadPlan, slots: Mapping[str, Slot]) -> list[str]:
 
 
 def _finish(
-    module: nn.Module,
+    owners: Mapping[str, nn.Module],
     slots: Mapping[str, Slot],
     plan: LoadPlan,
     tensors: Mapping[str, torch.Tensor],
@@ -179,7 +180,6 @@ def _finish(
     initialise: Initialiser | None,
 ) -> list[str]:
     """Put the tensors into the module, tie, initialise what no file has, audit. Returns what is worth a note."""
-    owners = dict(module.named_modules(remove_duplicate=False))
     device_of = device_finder(options.device_map)
     made = {fqn: _as_slot(owners, fqn, tensor) for fqn, tensor in tensors.items() if slots[fqn].on_meta}
     for fqn in empty:

@@ -19,13 +19,13 @@ from fastload.options import FileOptions, HubOptions, LoadOptions, parse_dtype, 
 from fastload.placement.device_map import DeviceMapArgument, dispatch, resolve_device_map
 from fastload.plan.keys import KeyRules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
-from fastload.saver import SaveReport, save_checkpoint
 from fastload.sources.resolve import locate_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fastload.models.config import PreTrainedConfig
+    from fastload.saver import SaveReport
 
 __all__ = ["PretrainedLoading"]
 
@@ -171,6 +171,8 @@ class PretrainedLoading:
         """
         if not is_main_process:
             return None
+        from fastload.saver import save_checkpoint
+
         model: Any = self
         self.config.architectures = [type(self).__name__]
         self.config.dtype = model.dtype
@@ -238,9 +240,7 @@ class PretrainedLoading:
         )
 
 
-def _choose_dtype(
-    dtype: str | torch.dtype | None, config: PreTrainedConfig, checkpoint: Checkpoint
-) -> torch.dtype:
+def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     """The type to load in: asked for, or for "auto" the config's, or else that of the first floating point tensor."""
     if dtype != "auto":
         chosen = parse_dtype(dtype if dtype is not None else torch.get_default_dtype())
@@ -270,9 +270,7 @@ def _loading_info(report: LoadReport) -> dict[str, Any]:
 
 def _warn_of_keys(name: str, report: LoadReport) -> None:
     """One warning for all that a user of the model should know about its keys."""
-    lines = [
-        f"  not in the files, initialised at random: {row}" for row in collapse_keys(report.initialised_keys)
-    ]
+    lines = [f"  not in the files, initialised at random: {row}" for row in collapse_keys(report.initialised_keys)]
     lines += [f"  not in the model, left out: {row}" for row in collapse_keys(report.unexpected_keys)]
     if lines:
         _LOG.warning("%s from %s:\n%s", name, report.source, "\n".join(lines))

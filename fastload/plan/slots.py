@@ -5,14 +5,16 @@ Slots are data. Plans are made from them without touching the module, its device
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastload.dtypes import DType, from_torch
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-__all__ = ["Slot", "describe_module"]
+__all__ = ["Slot", "describe_modules", "walk_modules"]
 
 
 class Slot(NamedTuple):
@@ -35,25 +37,42 @@ class Slot(NamedTuple):
     on_meta: bool = True
 
 
-def describe_module(module: nn.Module) -> dict[str, Slot]:
-    """The slots of a module by name, in the order of its modules. A tied parameter appears under each name."""
+def walk_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Every module below and including this one by name, parents first; a shared module under each of its names.
+
+    What ``dict(module.named_modules(remove_duplicate=False))`` gives, without its generator per level: a load walks
+    a model of thousands of modules several times.
+    """
+    found: dict[str, nn.Module] = {}
+    pending = [("", module)]
+    while pending:
+        prefix, current = pending.pop()
+        found[prefix] = current
+        children = current._modules
+        if children:
+            dot = f"{prefix}." if prefix else ""
+            pending += [(dot + name, child) for name, child in reversed(children.items()) if child is not None]
+    return found
+
+
+def describe_modules(modules: Mapping[str, nn.Module]) -> dict[str, Slot]:
+    """The slots of walked modules by name, in their order. A tied parameter appears under each of its names."""
     slots: dict[str, Slot] = {}
     first_names: dict[int, str] = {}
-    for prefix, submodule in module.named_modules(remove_duplicate=False):
+    for prefix, module in modules.items():
         dot = f"{prefix}." if prefix else ""
-        transient = submodule._non_persistent_buffers_set
-        for owned in (submodule._parameters, submodule._buffers):
-            for name, tensor in owned.items():
-                if tensor is None:
-                    continue
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
                 fqn = dot + name
-                first = first_names.setdefault(id(tensor), fqn)
-                slots[fqn] = Slot(
-                    fqn,
-                    from_torch(tensor.dtype),
-                    tuple(tensor.shape),
-                    persistent=owned is submodule._parameters or name not in transient,
-                    tied_to=first if first != fqn else None,
-                    on_meta=tensor.is_meta,
-                )
+                slots[fqn] = _slot(fqn, tensor, True, first_names.setdefault(id(tensor), fqn))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                fqn = dot + name
+                persistent = name not in module._non_persistent_buffers_set
+                slots[fqn] = _slot(fqn, buffer, persistent, first_names.setdefault(id(buffer), fqn))
     return slots
+
+
+def _slot(fqn: str, tensor: torch.Tensor, persistent: bool, first_name: str) -> Slot:
+    tied_to = first_name if first_name != fqn else None
+    return Slot(fqn, from_torch(tensor.dtype), tuple(tensor.shape), persistent, tied_to, tensor.is_meta)
