@@ -125,7 +125,7 @@ class _Repository:
         return "/".join(part for part in (self._repo_id, self._subfolder) if part) + revision
 
     def fetch(self, name: str) -> str | None:
-        """Path of a file in the cache, fetched if need be; None if the repository or, offline, the cache lacks it."""
+        """Path of a file in the cache, fetched if need be; None if repository (or cache, offline) lacks it."""
         errors = _huggingface_hub().errors
         try:
             path = self._download(name)
