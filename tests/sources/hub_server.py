@@ -20,7 +20,10 @@ from typing import ClassVar
 from urllib.parse import unquote
 
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+(/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-_API = re.compile(r"/api/models/(?P<repo>[^/]+(/[^/]+)?)/(?P<route>revision|tree)/(?P<revision>[^/?]+)(\?.*)?")
+_API = re.compile(
+    r"/api/models/(?P<repo>[^/?]+(/(?!revision/|tree/)[^/?]+)?)"
+    r"(/(?P<route>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?"
+)
 
 
 @dataclass
@@ -128,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             if repository.gated:
                 return self._refuse(403 if token else 401, "GatedRepo", f"Access to {match['repo']} is restricted.")
             return self._refuse(401, "RepoNotFound", "Repository not found")
-        commit = repository.commit(unquote(match["revision"]))
+        commit = repository.commit(unquote(match["revision"] or "main"))
         if commit is None:
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {match['revision']}")
         files = repository.commits[commit]
@@ -152,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self._finish(content[start:end], commit)
 
-    def _list(self, route: str, repo_id: str, commit: str, files: Mapping[str, bytes]) -> None:
+    def _list(self, route: str | None, repo_id: str, commit: str, files: Mapping[str, bytes]) -> None:
         entries = [
             {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for name, content in sorted(files.items())
@@ -161,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self._finish(json.dumps(info if route == "revision" else entries).encode(), commit)
+        self._finish(json.dumps(entries if route == "tree" else info).encode(), commit)
 
     def _refuse(self, status: int, code: str, message: str, commit: str | None = None) -> None:
         self.send_response(status)
