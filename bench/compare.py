@@ -1,0 +1,79 @@
+"""fastload and its peers, side by side: ``python bench/compare.py WORKLOAD...``.
+
+Prints a table for each workload and ends stdout with one JSON document: the workload's, or a list of them if several
+were asked for. Loaders take turns in every round; what they returned is compared after the clock has stopped, and a
+difference is an error. A missed target is shown, and is not an error: times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from suite.fingerprint import ResultsDifferError
+from suite.fresh import JobFailedError
+from suite.outcome import Workload
+from suite.table import render
+from workloads import WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the workloads that are named. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    documents = []
+    for name in options.workloads:
+        try:
+            document = _measured(WORKLOADS[name], options.rounds)
+        except (ResultsDifferError, JobFailedError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        documents.append(document)
+        print(render(document, WORKLOADS[name].title), end="\n\n", file=sys.stderr if options.json else sys.stdout)
+        if options.save:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(_as_json(document) + "\n")
+    print(_as_json(documents[0] if len(documents) == 1 else documents))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:<12} {workload.title}" for name, workload in WORKLOADS.items())
+    parser = argparse.ArgumentParser(
+        description="fastload and its peers, side by side.",
+        epilog=f"workloads:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workloads", nargs="+", choices=list(WORKLOADS), metavar="WORKLOAD")
+    parser.add_argument("--rounds", type=_positive, help="rounds of each workload (otherwise its own number)")
+    parser.add_argument("--json", action="store_true", help="only the document on stdout, the tables on stderr")
+    parser.add_argument("--save", action="store_true", help="keep each document as bench/results/WORKLOAD.json")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least one round")
+    return number
+
+
+def _measured(workload: Workload, rounds: int | None) -> dict[str, Any]:
+    n_rounds = rounds or workload.rounds
+    return workload.measure(n_rounds).document(workload.name, n_rounds)
+
+
+def _as_json(document: object) -> str:
+    """Indented, but a list of numbers on one line."""
+    text = json.dumps(document, indent=1)
+    return re.sub(r"\[[-\d.e,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

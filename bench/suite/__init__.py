@@ -1,0 +1,1 @@
+"""The machinery of the benchmarks: checkpoints, fresh processes, interleaved rounds, checks, tables."""

@@ -1,0 +1,58 @@
+"""Fresh processes: one job, one interpreter, its measurements as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+__all__ = ["JobFailedError", "finish", "run_job", "seconds_of_process", "started"]
+
+_BENCH = Path(__file__).resolve().parents[1]
+_STARTED = "FASTLOAD_BENCH_STARTED"
+# Local folders only, and no progress bars: it spares every loader what has nothing to do with loading.
+_QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+class JobFailedError(RuntimeError):
+    """A job ended with an error, or without its line of JSON."""
+
+
+def run_job(job: str, *arguments: str) -> dict[str, Any]:
+    """Run ``jobs/JOB.py`` in a fresh interpreter and return what it passed to `finish`.
+
+    The job's clock begins here, before the process is made: time.monotonic() is one clock for all processes of a
+    machine.
+    """
+    command = [sys.executable, str(_BENCH / "jobs" / f"{job}.py"), *arguments]
+    environment = os.environ | _QUIET | {"PYTHONPATH": str(_BENCH), _STARTED: repr(monotonic())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        raise JobFailedError(f"{job} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def started() -> float:
+    """In a job: the moment, on time.monotonic()'s clock, when its process was asked for."""
+    return float(os.environ[_STARTED])
+
+
+def finish(**measured: Any) -> None:
+    """In a job: hand back what was measured."""
+    print(json.dumps(measured))
+
+
+def seconds_of_process(*arguments: str) -> float:
+    """Wall time of ``python ARGUMENTS`` from before it is made until it has ended. It must end well."""
+    begun = monotonic()
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    seconds = monotonic() - begun
+    if done.returncode:
+        raise JobFailedError(f"python {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return seconds

@@ -1,0 +1,14 @@
+"""The questions that the suite answers, by name."""
+
+from __future__ import annotations
+
+from suite.outcome import Workload
+
+from workloads import first_output, imports, load, memory
+
+__all__ = ["WORKLOADS"]
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (imports.IMPORT, first_output.BERT, load.BERT, memory.SAME_TYPE, memory.CAST)
+}
