@@ -105,9 +105,7 @@ class _Repository:
         if hub.force_download and (hub.local_files_only or offline):
             raise OptionError(
                 "force_download needs the network, which is turned off",
-                found="local_files_only=True"
-                if hub.local_files_only
-                else "HF_HUB_OFFLINE in the environment",
+                found="local_files_only=True" if hub.local_files_only else "HF_HUB_OFFLINE in the environment",
                 fix="leave one of the two out",
             )
         self._repo_id = repo_id
@@ -239,9 +237,26 @@ def _explained(error: Exception, where: str, name: str, *, is_network_off: bool)
             fix="check the spelling",
         )
     if isinstance(cause, errors.LocalTokenNotFoundError):
+        return HubError("token=True, but nobody has logged in", file=where, fix="run 'hf auth login', or pass a token")
+    if isinstance(cause, errors.HfHubHTTPError):
+        return _explained_answer(cause, where, name)
+    if isinstance(cause, OSError) and cause.errno is not None and type(cause).__module__ == "builtins":
         return HubError(
-            "token=True, but nobody has logged in", file=where, fix="run 'hf auth login', or pass a token"
+            f"{name} could not be fetched or put into the download cache: {_first_line(cause)}",
+            file=cause.filename or where,
+            fix="check the free space and the rights of the cache folder; cache_dir= names another",
         )
+    return HubError(
+        f"the hub could not be reached for {name}, and the download cache does not have it",
+        file=where,
+        found=f"{type(cause).__name__}: {_first_line(cause)}",
+        fix="check the connection, the proxy and HF_ENDPOINT, then try again",
+    )
+
+
+def _explained_answer(cause: Exception, where: str, name: str) -> FastloadError:
+    """What a refusal by the hub itself means."""
+    errors = _huggingface_hub().errors
     if isinstance(cause, errors.GatedRepoError):
         return HubError(
             "the repository is gated: its owner grants access",
@@ -263,24 +278,7 @@ def _explained(error: Exception, where: str, name: str, *, is_network_off: bool)
             found=_first_line(cause),
             fix="pass a branch, tag or commit that exists, or leave revision out",
         )
-    if isinstance(cause, errors.HfHubHTTPError):
-        return _explained_status(cause, where, name)
-    if isinstance(cause, OSError) and cause.errno is not None and type(cause).__module__ == "builtins":
-        return HubError(
-            f"{name} could not be fetched or put into the download cache: {_first_line(cause)}",
-            file=cause.filename or where,
-            fix="check the free space and the rights of the cache folder; cache_dir= names another",
-        )
-    return HubError(
-        f"the hub could not be reached for {name}, and the download cache does not have it",
-        file=where,
-        found=f"{type(cause).__name__}: {_first_line(cause)}",
-        fix="check the connection, the proxy and HF_ENDPOINT, then try again",
-    )
-
-
-def _explained_status(error: Exception, where: str, name: str) -> HubError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(cause, "response", None), "status_code", None)
     fixes = {
         401: "the token is not valid: run 'hf auth login' again, or pass another token=",
         403: "the token may not read this repository: pass one that may",
@@ -289,7 +287,7 @@ def _explained_status(error: Exception, where: str, name: str) -> HubError:
     return HubError(
         f"the hub answered {status} for {name}, and the download cache does not have it",
         file=where,
-        found=_first_line(error),
+        found=_first_line(cause),
         fix=fixes.get(status or 0, "try again later"),
     )
 

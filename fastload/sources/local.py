@@ -134,9 +134,7 @@ def _in_folder(folder: str, options: FileOptions) -> CheckpointFiles:
         notes = _compare(view, chosen, names) if chosen.index in names else ()
         files = replace(_single(view, chosen.single), notes=notes)
     others = [name for c in present[1:] for name in c.names if name in names]
-    return replace(
-        files, notes=files.notes + tuple(f"{name} is also here and was not used" for name in others)
-    )
+    return replace(files, notes=files.notes + tuple(f"{name} is also here and was not used" for name in others))
 
 
 def _compare(view: FolderView, chosen: Candidate, names: set[str]) -> tuple[str, ...]:

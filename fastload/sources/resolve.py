@@ -23,9 +23,7 @@ _HUB_NAME = r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"({_HUB_NAME}/)?{_HUB_NAME}")
 
 
-def locate_config(
-    path_or_id: str | os.PathLike[str], *, subfolder: str = "", hub: HubOptions = DEFAULT_HUB
-) -> str:
+def locate_config(path_or_id: str | os.PathLike[str], *, subfolder: str = "", hub: HubOptions = DEFAULT_HUB) -> str:
     """Path of the config.json in a checkpoint folder, beside a weights file, or of a hub repository.
 
     Raises:
@@ -86,9 +84,7 @@ def is_hub_id(path_or_id: str | os.PathLike[str]) -> bool:
         raise CheckpointNotFoundError(
             f"{path_or_id!r} is neither a local folder nor a possible hub id",
             expected="the path of a folder or file that exists, or a hub id: 'name' or 'owner/name'",
-            found=f"no such file in {os.getcwd()}, and characters that no hub id has"
-            if path_or_id
-            else "no text",
+            found=f"no such file in {os.getcwd()}, and characters that no hub id has" if path_or_id else "no text",
             fix="check the spelling",
         )
     return True

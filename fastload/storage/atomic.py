@@ -59,9 +59,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.close(descriptor)
 
 
-def write_bytes(
-    path: str | os.PathLike[str], data: bytes | bytearray | memoryview, *, sync: bool = True
-) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryview, *, sync: bool = True) -> None:
     """Put ``data`` at ``path``, whole or not at all.
 
     Args:

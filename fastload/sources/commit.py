@@ -1,0 +1,221 @@
+"""Replacing the checkpoint in a folder by another, at one moment.
+
+Every file is written under a temporary name. When all are complete the journal is written, and that is the moment:
+before it the folder is the old checkpoint, from it on the new one (see ``fastload.sources.journal``). Then the files
+take their names (weights, index, config last), those of the old checkpoint that are not replaced go, and so does the
+journal. A process that dies on the way leaves either temporary files, which the next save sweeps, or a journal, which
+the next save carries out; readers need wait for neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+
+from fastload.errors import FormatError, SaveError
+from fastload.sources.journal import JOURNAL_NAME, Journal, encode_journal, read_journal
+from fastload.storage.atomic import save_error, sync_folder, write_text
+from fastload.storage.writing import FileWriter
+
+__all__ = ["FolderCommit"]
+
+_TEMPORARY_PREFIX = ".fastload-tmp-"
+# A journal found in a folder may be anybody's: these are the only files it can have removed.
+_WEIGHTS = re.compile(r"(pytorch_)?model[.-].*\.(safetensors|bin|json)", re.DOTALL)
+# Not every file system can sync, and one that cannot is no reason not to save.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+class FolderCommit:
+    """A save into a folder that happens wholly or not at all.
+
+    As a context manager it makes the folder, carries out what a killed save left, and keeps other saves of
+    this machine waiting. Left without ``commit``, it removes what was written.
+
+    Args:
+        folder: made if need be, with its parents.
+        sync: have every file on the disk before the old checkpoint is given up, so that a power failure is as
+            harmless as a kill.
+        progress: called with the number of bytes whenever some were written.
+
+    Raises:
+        SaveError: from every method, where the operating system refuses.
+    """
+
+    def __init__(
+        self, folder: str, *, sync: bool = True, progress: Callable[[int], None] | None = None
+    ) -> None:
+        self.folder = folder
+        self._sync = sync
+        self._progress = progress
+        self._renames: dict[str, str] = {}
+        self._n_renamed = 0
+        self._lock: int | None = None
+
+    def __enter__(self) -> FolderCommit:
+        _make_folder(self.folder)
+        self._lock = _lock_folder(self.folder)
+        try:
+            self._recover()
+        except BaseException:
+            _unlock(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if self._n_renamed == 0:
+                self._withdraw()
+        finally:
+            _unlock(self._lock)
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[FileWriter]:
+        """A new file of the checkpoint to write, complete when the context is left."""
+        temporary = f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
+        self._renames[name] = temporary
+        path = os.path.join(self.folder, name)
+        try:
+            # 0666 less the umask, as for any file; tempfile would make it 0600.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            descriptor = os.open(os.path.join(self.folder, temporary), flags, 0o666)
+            with FileWriter(descriptor, self._progress) as writer:
+                yield writer
+                writer.flush()
+                if self._sync:
+                    _sync(writer)
+        except SaveError:
+            raise
+        except OSError as error:
+            raise save_error(path, error) from error
+
+    def commit(self, superseded: Iterable[str]) -> tuple[str, ...]:
+        """Make the files written the folder's checkpoint.
+
+        Args:
+            superseded: names of the old checkpoint's files; those that are written anew may be among them.
+
+        Returns:
+            The names that were removed.
+        """
+        for name in self._renames:
+            path = os.path.join(self.folder, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                raise save_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+        journal = Journal(dict(self._renames), tuple(sorted(set(superseded) - self._renames.keys())))
+        write_text(os.path.join(self.folder, JOURNAL_NAME), encode_journal(journal), sync=self._sync)
+        try:
+            return self._carry_out(journal)
+        except OSError as error:
+            if self._n_renamed == 0:
+                raise save_error(self.folder, error, "be given its new files") from error
+            raise SaveError(
+                f"the new checkpoint is complete, but part of it still has temporary names: {error.strerror}",
+                file=os.path.join(self.folder, error.filename or ""),
+                fix="fastload loads it as it is; save again, when the cause is gone, to finish the renaming",
+            ) from error
+
+    def _carry_out(self, journal: Journal) -> tuple[str, ...]:
+        for name in sorted(journal.renames, key=_rank):
+            temporary = os.path.join(self.folder, journal.renames[name])
+            # A save that was carried on after a kill finds some of its files renamed.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(temporary, os.path.join(self.folder, name))
+            self._n_renamed += 1
+        if self._sync:
+            sync_folder(self.folder)
+        removed = tuple(name for name in journal.superseded if _unlink(os.path.join(self.folder, name)))
+        _unlink(os.path.join(self.folder, JOURNAL_NAME))
+        return removed
+
+    def _recover(self) -> None:
+        """Finish the save that was killed after its journal, and remove what others left before theirs."""
+        try:
+            journal = read_journal(self.folder)
+        except FormatError:
+            # Nothing can be carried out. This save's own journal will take its place.
+            journal = None
+        try:
+            if journal is not None:
+                renames = {n: t for n, t in journal.renames.items() if t.startswith(_TEMPORARY_PREFIX)}
+                superseded = tuple(name for name in journal.superseded if _WEIGHTS.fullmatch(name))
+                self._carry_out(Journal(renames, superseded))
+                self._n_renamed = 0
+            if self._lock is not None:  # else they may belong to a save that is under way
+                for name in os.listdir(self.folder):
+                    if name.startswith(_TEMPORARY_PREFIX):
+                        _unlink(os.path.join(self.folder, name))
+        except OSError as error:
+            raise save_error(self.folder, error, "be cleared of an unfinished save") from error
+
+    def _withdraw(self) -> None:
+        """Remove what was written. The journal goes first: it must not promise files that are gone."""
+        with contextlib.suppress(OSError, FormatError):
+            journal = read_journal(self.folder)
+            if journal is not None and journal.renames == self._renames:
+                _unlink(os.path.join(self.folder, JOURNAL_NAME))
+            for temporary in self._renames.values():
+                _unlink(os.path.join(self.folder, temporary))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Order of renaming: a reader that knows no journal should find an index's shards, and a config's weights."""
+    if name == "config.json":
+        return 3, name
+    is_index = name.endswith(".json") and _WEIGHTS.fullmatch(name)
+    return (1 if is_index else 0 if _WEIGHTS.fullmatch(name) else 2), name
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        problem = "a checkpoint is saved to a folder, and this is a file"
+        raise SaveError(problem, file=folder, fix="give another path") from error
+    except OSError as error:
+        raise save_error(folder, error, "be made") from error
+
+
+def _lock_folder(folder: str) -> int | None:
+    """Wait until no other save is at work here; None where the file system has no locks."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+    return None
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        # Said aloud, because a process forked meanwhile has the descriptor too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _sync(writer: FileWriter) -> None:
+    try:
+        writer.sync()
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
