@@ -15,6 +15,7 @@ from fastload.models.base import PreTrainedModel
 from fastload.models.bert_config import BertConfig
 from fastload.models.layers import AttentionMask, activation, attend, expand_mask, real_device
 from fastload.models.outputs import BaseModelOutputWithPoolingAndCrossAttentions, KeyValues, ModelOutput, Tensors
+from fastload.models.skeleton import repeat_block
 
 __all__ = ["BertConfig", "BertLayer", "BertModel", "BertPreTrainedModel"]
 
@@ -202,7 +203,7 @@ class BertEncoder(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(repeat_block(lambda _: BertLayer(config), config.num_hidden_layers))
         self.checkpointing: dict[str, Any] | None = None
 
     def forward(
@@ -238,7 +239,7 @@ class BertEncoder(nn.Module):
             hidden_states=tuple(states) if output_hidden_states else None,
             past_key_values=tuple(caches) if use_cache else None,
             attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) or None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
