@@ -48,9 +48,7 @@ class FolderCommit:
         SaveError: from every method, where the operating system refuses.
     """
 
-    def __init__(
-        self, folder: str, *, sync: bool = True, progress: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, folder: str, *, sync: bool = True, progress: Callable[[int], None] | None = None) -> None:
         self.folder = folder
         self._sync = sync
         self._progress = progress
@@ -96,6 +94,13 @@ class FolderCommit:
             raise
         except OSError as error:
             raise save_error(path, error) from error
+
+    def names(self) -> list[str]:
+        """Names of what is in the folder."""
+        try:
+            return os.listdir(self.folder)
+        except OSError as error:
+            raise save_error(self.folder, error, "be listed") from error
 
     def commit(self, superseded: Iterable[str]) -> tuple[str, ...]:
         """Make the files written the folder's checkpoint.

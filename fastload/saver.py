@@ -1,0 +1,229 @@
+"""From tensors to a checkpoint in a folder: collect -> shard -> write -> commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastload import dtypes
+from fastload.errors import OptionError, SaveError, UnknownDtypeError
+from fastload.formats.index import encode_index
+from fastload.options import FileOptions
+from fastload.plan.sharding import parse_size, split_into_shards
+from fastload.sources.commit import FolderCommit
+from fastload.sources.names import candidates, shard_name
+from fastload.storage.sharing import byte_span
+from fastload.storage.writing import FileWriter
+from fastload.storing import as_bin, as_safetensors
+
+__all__ = ["SaveReport", "save_checkpoint", "save_state_dict"]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a save did.
+
+    Attributes:
+        folder: where.
+        files: names of the files written, weights first.
+        n_tensors: number of names that were stored.
+        n_bytes: bytes of their tensors; those that share memory count once.
+        seconds: time it took.
+        removed: names of files of an earlier save that are no part of this one.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    n_tensors: int
+    n_bytes: int
+    seconds: float
+    removed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
+        removed = f", removed {', '.join(self.removed)}" if self.removed else ""
+        size = f"{self.n_tensors:,} tensors, {self.n_bytes / 1e6:,.1f} MB"
+        return f"saved {size} in {files} to {self.folder} in {self.seconds:.2f} s{removed}"
+
+
+def save_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
+    metadata: Mapping[str, str] | None = None,
+    variant: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    sync: bool = True,
+) -> SaveReport:
+    """Save tensors by key, without a config. Arguments and errors are those of ``save_checkpoint``."""
+    return save_checkpoint(
+        state_dict,
+        folder,
+        max_shard_size=max_shard_size,
+        safe_serialization=safe_serialization,
+        metadata=metadata,
+        variant=variant,
+        progress=progress,
+        sync=sync,
+    )
+
+
+def save_checkpoint(
+    state_dict: Mapping[str, torch.Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+    sync: bool = True,
+) -> SaveReport:
+    """Replace the checkpoint of a folder by this one.
+
+    Whatever happens meanwhile, the folder loads as the old checkpoint or as the new one. It may be the folder that
+    the tensors are mapped from. Weights of the same variant that are no part of the new checkpoint are removed: other
+    shards, the other format, a stale index.
+
+    Args:
+        state_dict: tensors by key, on any device. A safetensors file stores tensors that are the same memory once,
+            and notes the other names in its metadata; a .bin keeps all names, and the sharing.
+        folder: made if need be, with its parents.
+        max_shard_size: most bytes of a shard, as a number or as text: "5GB" is 5e9, "5GiB" 5 * 2**30. A tensor that
+            is larger has a shard to itself.
+        safe_serialization: True for safetensors, False for .bin.
+        variant: the ``fp16`` of ``model.fp16.safetensors``.
+        extra_files: small files that belong to the checkpoint, such as config.json: name -> text.
+        tied: key -> key of which it is a duplicate; of tensors that are the same memory, the latter is stored.
+        metadata: text for ``__metadata__`` of safetensors files, beside ``{"format": "pt"}``.
+        progress: called with the number of bytes whenever some were written.
+        sync: have the files on the disk before the old ones are given up, so that a power failure is as harmless
+            as a kill. False leaves that to the operating system.
+
+    Raises:
+        OptionError: an argument cannot be meant, or something in state_dict cannot be saved; all such are named.
+        SaveError: tensors are on the meta device, or the operating system refused to write; whatever checkpoint was
+            in the folder is still there.
+    """
+    begin = time.perf_counter()
+    max_shard_bytes = parse_size(max_shard_size)
+    options = FileOptions(variant=variant, use_safetensors=safe_serialization)
+    single, index_name = candidates(options)[0].names
+    small_files = _encoded(extra_files or {})
+    tensors = _collect(state_dict)
+    if safe_serialization:
+        content = as_safetensors(tensors, tied or {}, metadata or {})
+    elif metadata:
+        raise OptionError("a .bin has no place for metadata", fix="save as safetensors, or leave it out")
+    else:
+        content = as_bin(tensors)
+    shards = split_into_shards(content.sizes, max_shard_bytes, content.together)
+    names = [shard_name(single, number, len(shards)) for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [single]
+    else:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = encode_index(weight_map, content.n_elements, content.n_bytes)
+        small_files = {index_name: index.encode(), **small_files}
+    # All that can be wrong with the tensors is told before the folder is touched.
+    writes = {name: content.prepare(keys) for name, keys in zip(names, shards, strict=True)}
+    writes |= {name: partial(_write_small, data) for name, data in small_files.items()}
+    with FolderCommit(os.path.abspath(folder), sync=sync, progress=progress) as commit:
+        for name, write in writes.items():
+            with commit.file(name) as writer:
+                write(writer)
+        removed = commit.commit(name for name in commit.names() if _is_weights(name, variant))
+    return SaveReport(
+        folder=os.fspath(folder),
+        files=tuple(writes),
+        n_tensors=len(content.sizes),
+        n_bytes=content.n_bytes,
+        seconds=time.perf_counter() - begin,
+        removed=removed,
+    )
+
+
+def _collect(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without their gradients, each one that a file can hold; an error names all others."""
+    tensors: dict[str, torch.Tensor] = {}
+    on_meta, problems = [], []
+    for key, value in state_dict.items():
+        problem = _problem(key, value)
+        if problem is not None:
+            problems.append(f"{key!r} {problem}")
+        elif value.is_meta or value.untyped_storage().device.type == "meta":
+            on_meta.append(key)
+        else:
+            tensors[key] = value.detach().resolve_conj().resolve_neg()
+    if problems:
+        raise OptionError(
+            "the state dict holds what a checkpoint cannot",
+            expected="tensors by name, each dense and on one device",
+            found="; ".join(problems),
+            fix="leave these out, or convert them",
+        )
+    if on_meta:
+        raise SaveError(
+            f"{len(on_meta)} tensors are on the meta device and have no values to save",
+            expected="tensors with values",
+            found=", ".join(on_meta),
+            fix="load or initialise them first",
+        )
+    return tensors
+
+
+def _problem(key: object, value: object) -> str | None:
+    """Why this cannot be saved; None if it can."""
+    if not isinstance(key, str):
+        return "is no text, as a name must be"
+    if not isinstance(value, torch.Tensor):
+        return f"is no tensor but {type(value).__name__}"
+    if _is_wrapper(value):
+        return f"is of {type(value).__name__}, which stands for tensors elsewhere (a DTensor has full_tensor())"
+    if value.is_quantized:
+        return "is quantised (dequantize() makes a plain tensor)"
+    if value.layout != torch.strided or value.is_nested:
+        return "is sparse or nested (to_dense() makes a plain tensor)"
+    try:
+        dtypes.from_torch(value.dtype)
+    except UnknownDtypeError:
+        return f"is of {value.dtype}, which no checkpoint format holds"
+    if not value.is_meta and byte_span(value)[1] > value.untyped_storage().nbytes():
+        return "has no memory (it was released; FSDP gathers parameters with summon_full_params)"
+    return None
+
+
+def _is_wrapper(value: torch.Tensor) -> bool:
+    return is_traceable_wrapper_subclass(value)
+
+
+def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
+    for name in texts:
+        if os.path.basename(name) != name or name in ("", ".", "..") or name.startswith(".fastload"):
+            raise OptionError("not the name of a file in the folder", expected="a plain name", found=repr(name))
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def _write_small(data: bytes, writer: FileWriter) -> None:
+    writer.write(data)
+
+
+def _is_weights(name: str, variant: str | None) -> bool:
+    """Whether a save of this variant, in whichever format and number of shards, has a file of this name."""
+    for candidate in candidates(FileOptions(variant=variant)):
+        stem, _, suffix = candidate.single.rpartition(".")
+        shard = rf"{re.escape(stem)}-\d{{5,}}-of-\d{{5,}}\.{suffix}"
+        if name in candidate.names or re.fullmatch(shard, name):
+            return True
+    return False
