@@ -1,0 +1,194 @@
+"""``fastload inspect``: what is in a checkpoint, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fastload.checkpoint import Checkpoint
+from fastload.cli.arguments import Where
+from fastload.cli.output import print_json, print_line, print_table, require_tables
+from fastload.formats.specs import TensorSpec
+from fastload.reports import collapse_keys, format_bytes
+
+__all__ = ["Module", "describe", "group_by_module", "run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the contents of a checkpoint."""
+    if not arguments.json:
+        require_tables()
+    where = Where.of(arguments)
+    checkpoint = Checkpoint(where.locate())
+    if arguments.json:
+        print_json({"source": where.path, **describe(checkpoint)})
+        return 0
+    columns = ("tensor", "n", "shape", "dtype", "bytes")
+    rows = _rows_of_all(checkpoint.specs) if arguments.all else _rows_by_module(checkpoint.specs)
+    print_table(columns, rows, right=("n", "bytes"))
+    print_line()
+    _print_totals(where.path, checkpoint)
+    return 0
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything the headers say, as plain data. Bytes that several tensors share count once."""
+    own_bytes = _own_bytes(checkpoint.specs)
+    return {
+        "format": checkpoint.format,
+        "n_tensors": len(checkpoint.specs),
+        "n_parameters": sum(prod(spec.shape) for spec in checkpoint.specs.values() if own_bytes[spec.key]),
+        "n_bytes": checkpoint.n_bytes,
+        "files": _totals(checkpoint.specs, own_bytes, lambda spec: spec.region.file, checkpoint.files),
+        "dtypes": _totals(checkpoint.specs, own_bytes, lambda spec: spec.dtype.code),
+        "modules": [
+            {"name": module.name, "n_tensors": len(module.specs), "n_bytes": _sum(module.specs, own_bytes)}
+            for module in group_by_module(checkpoint.specs)
+        ],
+        "tensors": [
+            {
+                "key": spec.key,
+                "dtype": spec.dtype.code,
+                "shape": list(spec.shape),
+                "n_bytes": _n_bytes(spec),
+                "file": spec.region.file,
+                "offset_bytes": spec.region.offset_bytes,
+                "encoded": spec.region.encoding is not None,
+            }
+            for spec in checkpoint.specs.values()
+        ],
+        "metadata": checkpoint.metadata,
+        "notes": list(checkpoint.notes),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A part of a model, or all parts of it that differ only in their number.
+
+    Attributes:
+        name: its name, such as ``encoder.layer.{0...11}``; "" for tensors that are in no module.
+        n_repeats: how many parts it stands for.
+        specs: their tensors.
+    """
+
+    name: str
+    n_repeats: int
+    specs: tuple[TensorSpec, ...]
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def group_by_module(specs: Mapping[str, TensorSpec]) -> list[Module]:
+    """The tensors by module, in the order of the files.
+
+    A module is a numbered block (all of its numbers together), or the largest part of the model without such blocks.
+    """
+    blocks = {block for key in specs if (block := _block(key))}
+    holders = {""} | {prefix for block in blocks for prefix in _prefixes(block)}
+    groups: dict[str, dict[str, list[TensorSpec]]] = {}
+    for key, spec in specs.items():
+        name = _block(key) or next((part for part in _prefixes(key)[1:] if part not in holders), key.rpartition(".")[0])
+        groups.setdefault(_NUMBER.sub("*", name), {}).setdefault(name, []).append(spec)
+    return [
+        Module(_joined(members), len(members), tuple(spec for held in members.values() for spec in held))
+        for members in groups.values()
+    ]
+
+
+def _block(key: str) -> str:
+    """The name up to its last number: the numbered block that the tensor is in; "" where there is none."""
+    numbers = list(_NUMBER.finditer(key, 0, max(0, key.rfind("."))))
+    return key[: numbers[-1].end()] if numbers else ""
+
+
+def _prefixes(name: str) -> list[str]:
+    """The modules around a name, from the outermost, which is ""."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts))]
+
+
+def _joined(names: Iterable[str]) -> str:
+    """Names that differ in their numbers, as one: ``layers.{0...11}``."""
+    return ", ".join(row[:-1] for row in collapse_keys(f"{name}." for name in names))
+
+
+def _rows_by_module(specs: Mapping[str, TensorSpec]) -> Iterable[tuple[str, ...]]:
+    own_bytes = _own_bytes(specs)
+    for module in group_by_module(specs):
+        n_bytes = format_bytes(_sum(module.specs, own_bytes))
+        alike: dict[tuple[str, str, str], list[TensorSpec]] = {}
+        for spec in module.specs:
+            alike.setdefault((_NUMBER.sub("*", spec.key), _shape(spec), spec.dtype.code), []).append(spec)
+        yield (module.name or "(no module)", "", "", "", n_bytes)
+        for (_, shape, dtype), same in alike.items():
+            yield (f"  {_tensor_name(module, same)}", str(len(same)), shape, dtype, format_bytes(_sum(same, own_bytes)))
+
+
+def _tensor_name(module: Module, same: list[TensorSpec]) -> str:
+    """A tensor's name in its module; its full name where not all repeats of the module have it alike."""
+    block = _block(same[0].key)
+    if block and len(same) == module.n_repeats:
+        return same[0].key[len(block) + 1 :]
+    if not block and module.name and len(same) == 1:
+        return same[0].key[len(module.name) + 1 :]
+    return _joined(spec.key for spec in same)
+
+
+def _rows_of_all(specs: Mapping[str, TensorSpec]) -> Iterable[tuple[str, ...]]:
+    for spec in specs.values():
+        yield (spec.key, "1", _shape(spec), spec.dtype.code, format_bytes(_n_bytes(spec)))
+
+
+def _print_totals(source: str, checkpoint: Checkpoint) -> None:
+    found = describe(checkpoint)
+    print_line(f"{source}: {checkpoint.format}, {found['n_tensors']:,} tensors, {found['n_parameters']:,} parameters")
+    for name, total in found["dtypes"].items():
+        print_line(f"  {name:<8} {total['n_tensors']:>6,} tensors  {format_bytes(total['n_bytes']):>9}")
+    for path, total in found["files"].items():
+        size = f"{total['n_tensors']:>6,} tensors  {format_bytes(total['n_bytes']):>9}"
+        print_line(f"  {'file':<8} {size}  {os.path.basename(path)}")
+    print_line(f"  {'total':<8} {found['n_tensors']:>6,} tensors  {format_bytes(checkpoint.n_bytes):>9}")
+    for note in checkpoint.notes:
+        print_line(f"  note     {note}")
+
+
+def _totals(
+    specs: Mapping[str, TensorSpec], own_bytes: Mapping[str, int], kind: Any, known: Iterable[str] = ()
+) -> dict[str, dict[str, int]]:
+    """Tensors and bytes by what ``kind`` says of a spec."""
+    totals = {name: {"n_tensors": 0, "n_bytes": 0} for name in known}
+    for spec in specs.values():
+        total = totals.setdefault(kind(spec), {"n_tensors": 0, "n_bytes": 0})
+        total["n_tensors"] += 1
+        total["n_bytes"] += own_bytes[spec.key]
+    return totals
+
+
+def _own_bytes(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Bytes of each tensor's storage; none for a tensor whose storage an earlier one has."""
+    seen: set[tuple[str, int, int]] = set()
+    own: dict[str, int] = {}
+    for spec in specs.values():
+        place = spec.region[:3]
+        own[spec.key] = 0 if place in seen else spec.region.n_bytes
+        seen.add(place)
+    return own
+
+
+def _sum(specs: Iterable[TensorSpec], own_bytes: Mapping[str, int]) -> int:
+    return sum(own_bytes[spec.key] for spec in specs)
+
+
+def _n_bytes(spec: TensorSpec) -> int:
+    return prod(spec.shape) * spec.dtype.itemsize
+
+
+def _shape(spec: TensorSpec) -> str:
+    return " x ".join(map(str, spec.shape)) if spec.shape else "scalar"
