@@ -1,0 +1,90 @@
+"""``fastload convert``: the same tensors in another format, other shards, another dtype."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fastload.checkpoint import Checkpoint
+from fastload.cli.arguments import Where
+from fastload.cli.neighbours import copy_files, find_neighbours
+from fastload.cli.output import print_json, print_line
+from fastload.cli.scratch import convert_into_scratch
+from fastload.dtypes import DType
+from fastload.errors import ConfigError
+from fastload.models.config_file import encode_special_floats, find_config_file, read_config_file
+from fastload.progress import Progress
+from fastload.saver import save_checkpoint
+from fastload.sources.names import CONFIG_NAME
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the checkpoint to ``out``, with the small files that lie around it, and say what was written."""
+    where = Where.of(arguments)
+    files = where.locate()
+    checkpoint = Checkpoint(files)
+    config = _config_text(where, arguments.dtype)
+    neighbours = find_neighbours(files, arguments.out, whole_folder=not os.path.isfile(where.path))
+    tensors = dict(convert_into_scratch(checkpoint, arguments.dtype, arguments.out))
+    tensors |= {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
+    with Progress("writing", sum(tensor.nbytes for tensor in tensors.values())) as progress:
+        saved = save_checkpoint(
+            tensors,
+            arguments.out,
+            max_shard_size=arguments.max_shard_size,
+            safe_serialization=arguments.to == "safetensors",
+            variant=where.files.variant,
+            extra_files={} if config is None else {CONFIG_NAME: config},
+            tied=checkpoint.aliases,
+            metadata=_metadata(checkpoint) if arguments.to == "safetensors" else None,
+            progress=progress.advance,
+        )
+    copied = copy_files(neighbours.small, files.folder, arguments.out)
+    if arguments.json:
+        print_json({"source": where.path, **asdict(saved), "copied": copied, "left_out": neighbours.left_out})
+        return 0
+    print_line(str(saved))
+    for title, names in {"wrote": saved.files, "copied": copied, "left out": neighbours.left_out}.items():
+        for name in names:
+            print_line(f"  {title:<9} {name}")
+    return 0
+
+
+def _config_text(where: Where, dtype: DType | None) -> str | None:
+    """The checkpoint's config.json, saying the dtype that the weights will have; None where there is no config."""
+    try:
+        file = find_config_file(where.path, subfolder=where.files.subfolder, hub=where.hub)
+    except ConfigError:
+        return None
+    values = read_config_file(file)
+    if dtype is not None:
+        values = _with_dtype(values, dtype)
+    return json.dumps(encode_special_floats(values), indent=2, ensure_ascii=False) + "\n"
+
+
+def _with_dtype(values: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+    """The fields of a config with its dtype, and those of the configs in it, changed."""
+    changed = {
+        name: _with_dtype(value, dtype)
+        if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config"
+        else value
+        for name, value in values.items()
+    }
+    names = [name for name in ("dtype", "torch_dtype") if isinstance(values.get(name), str)]
+    # A config that says nothing of its own dtype is read as float32, or follows the one it is part of.
+    if not names and "model_type" in values:
+        names = ["dtype"]
+    return {**changed, **dict.fromkeys(names, dtype.torch_name)}
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the files' headers say beside their format and the names of tied tensors, which the saver writes itself."""
+    return {
+        name: text for name, text in checkpoint.metadata.items() if name != "format" and name not in checkpoint.aliases
+    }
