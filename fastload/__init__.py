@@ -18,67 +18,27 @@ if TYPE_CHECKING:
     from fastload.loader import load_model as load_model
     from fastload.loader import load_state_dict as load_state_dict
     from fastload.loader import report as report
-    from fastload.models.auto import (
-        AutoConfig as AutoConfig,
-    )
-    from fastload.models.auto import (
-        AutoModel as AutoModel,
-    )
-    from fastload.models.auto import (
-        AutoModelForCausalLM as AutoModelForCausalLM,
-    )
-    from fastload.models.auto import (
-        AutoModelForMaskedLM as AutoModelForMaskedLM,
-    )
-    from fastload.models.auto import (
-        AutoModelForMultipleChoice as AutoModelForMultipleChoice,
-    )
-    from fastload.models.auto import (
-        AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction,
-    )
-    from fastload.models.auto import (
-        AutoModelForPreTraining as AutoModelForPreTraining,
-    )
-    from fastload.models.auto import (
-        AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
-    )
-    from fastload.models.auto import (
-        AutoModelForSequenceClassification as AutoModelForSequenceClassification,
-    )
-    from fastload.models.auto import (
-        AutoModelForTokenClassification as AutoModelForTokenClassification,
-    )
+    from fastload.models.auto import AutoConfig as AutoConfig
+    from fastload.models.auto import AutoModel as AutoModel
+    from fastload.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from fastload.models.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from fastload.models.auto import AutoModelForMultipleChoice as AutoModelForMultipleChoice
+    from fastload.models.auto import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
+    from fastload.models.auto import AutoModelForPreTraining as AutoModelForPreTraining
+    from fastload.models.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from fastload.models.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from fastload.models.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from fastload.models.base import PreTrainedModel as PreTrainedModel
-    from fastload.models.bert import (
-        BertConfig as BertConfig,
-    )
-    from fastload.models.bert import (
-        BertForMaskedLM as BertForMaskedLM,
-    )
-    from fastload.models.bert import (
-        BertForMultipleChoice as BertForMultipleChoice,
-    )
-    from fastload.models.bert import (
-        BertForNextSentencePrediction as BertForNextSentencePrediction,
-    )
-    from fastload.models.bert import (
-        BertForPreTraining as BertForPreTraining,
-    )
-    from fastload.models.bert import (
-        BertForQuestionAnswering as BertForQuestionAnswering,
-    )
-    from fastload.models.bert import (
-        BertForSequenceClassification as BertForSequenceClassification,
-    )
-    from fastload.models.bert import (
-        BertForTokenClassification as BertForTokenClassification,
-    )
-    from fastload.models.bert import (
-        BertLMHeadModel as BertLMHeadModel,
-    )
-    from fastload.models.bert import (
-        BertModel as BertModel,
-    )
+    from fastload.models.bert import BertModel as BertModel
+    from fastload.models.bert_config import BertConfig as BertConfig
+    from fastload.models.bert_heads import BertForMaskedLM as BertForMaskedLM
+    from fastload.models.bert_heads import BertForMultipleChoice as BertForMultipleChoice
+    from fastload.models.bert_heads import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from fastload.models.bert_heads import BertForPreTraining as BertForPreTraining
+    from fastload.models.bert_heads import BertForQuestionAnswering as BertForQuestionAnswering
+    from fastload.models.bert_heads import BertForSequenceClassification as BertForSequenceClassification
+    from fastload.models.bert_heads import BertForTokenClassification as BertForTokenClassification
+    from fastload.models.bert_heads import BertLMHeadModel as BertLMHeadModel
     from fastload.models.config import PreTrainedConfig as PreTrainedConfig
     from fastload.reports import LoadReport as LoadReport
     from fastload.saver import SaveReport as SaveReport
@@ -96,15 +56,15 @@ _HOMES = {
     "AutoModelForQuestionAnswering": "fastload.models.auto",
     "AutoModelForSequenceClassification": "fastload.models.auto",
     "AutoModelForTokenClassification": "fastload.models.auto",
-    "BertConfig": "fastload.models.bert",
-    "BertForMaskedLM": "fastload.models.bert",
-    "BertForMultipleChoice": "fastload.models.bert",
-    "BertForNextSentencePrediction": "fastload.models.bert",
-    "BertForPreTraining": "fastload.models.bert",
-    "BertForQuestionAnswering": "fastload.models.bert",
-    "BertForSequenceClassification": "fastload.models.bert",
-    "BertForTokenClassification": "fastload.models.bert",
-    "BertLMHeadModel": "fastload.models.bert",
+    "BertConfig": "fastload.models.bert_config",
+    "BertForMaskedLM": "fastload.models.bert_heads",
+    "BertForMultipleChoice": "fastload.models.bert_heads",
+    "BertForNextSentencePrediction": "fastload.models.bert_heads",
+    "BertForPreTraining": "fastload.models.bert_heads",
+    "BertForQuestionAnswering": "fastload.models.bert_heads",
+    "BertForSequenceClassification": "fastload.models.bert_heads",
+    "BertForTokenClassification": "fastload.models.bert_heads",
+    "BertLMHeadModel": "fastload.models.bert_heads",
     "BertModel": "fastload.models.bert",
     "Checkpoint": "fastload.checkpoint",
     "FastloadError": "fastload.errors",

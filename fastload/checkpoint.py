@@ -32,7 +32,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         files: the weight files.
         format: ``"safetensors"`` or ``"bin"``.
         specs: every tensor's description, by key, file by file in each file's own order.
-        aliases: names that were dropped when tied tensors were stored once -> the key that was kept.
+        aliases: names that were dropped when equal tensors were stored once -> the key that was kept. They are not
+            keys of the mapping; `load_state_dict` gives them back.
         metadata: the text that safetensors files carry, of all files together.
         notes: choices made when the files were looked for.
     """
@@ -63,8 +64,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return sum({spec.region[:3]: spec.region.n_bytes for spec in self.specs.values()}.values())
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        spec = self.specs[self.aliases.get(key, key)]
+        spec = self.specs[key]
         return self.open_file(spec.region.file).tensor(spec)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -74,7 +78,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def slice(self, key: str) -> TensorSlice:
         """A tensor to be indexed before it is read: ``checkpoint.slice(key)[a:b]``."""
-        return TensorSlice(self, self.specs[self.aliases.get(key, key)])
+        return TensorSlice(self, self.specs[key])
 
     def open_file(self, path: str) -> MappedFile:
         """One of the files, mapped. Mapped once, however often it is asked for."""

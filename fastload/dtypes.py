@@ -119,9 +119,7 @@ def from_torch(dtype: torch.dtype) -> DType:
     """The type of a torch dtype; UnknownDtypeError for those no checkpoint format can hold (quantised ones)."""
     found = _BY_TORCH_NAME.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise UnknownDtypeError(
-            "no checkpoint format holds this dtype", found=dtype, fix="convert the tensor first"
-        )
+        raise UnknownDtypeError("no checkpoint format holds this dtype", found=dtype, fix="convert the tensor first")
     return found
 
 

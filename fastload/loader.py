@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +20,7 @@ from fastload.checkpoint import Checkpoint, open_checkpoint
 from fastload.dtypes import to_torch
 from fastload.errors import IncompleteModelError, OptionError
 from fastload.options import LoadOptions, parse_dtype
+from fastload.pauses import paused_collector
 from fastload.placement.cpu import place
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
@@ -31,6 +34,8 @@ __all__ = ["Initialiser", "fill_module", "load_model", "load_state_dict", "repor
 Initialiser = Callable[[nn.Module, str, torch.Tensor], None]
 """Gives one parameter of one module its random first values: (owner, name in the owner, tensor)."""
 
+# Most attributes of a module are of these types; looking at the type alone is what makes the audit cheap.
+_PLAIN_TYPES = frozenset({bool, dict, float, int, list, NoneType, OrderedDict, set, str, tuple})
 _REPORTS: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
 
 
@@ -49,12 +54,12 @@ def load_state_dict(
         dtype: type that floating point tensors are converted to; None keeps each one's own.
         where: which files, as for `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, **where)
     options = LoadOptions(dtype=parse_dtype(dtype))
-    tensors = place(
-        plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device)), checkpoint.open_file
-    )
-    tensors = {key: tensors[key] for key in checkpoint.specs}
+    with paused_collector():
+        checkpoint = open_checkpoint(path, **where)
+        plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
+        tensors = place(plan, checkpoint.open_file)
+        tensors = {key: tensors[key] for key in checkpoint.specs}
     return tensors | {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
 
 
@@ -89,8 +94,6 @@ def load_model(
         IncompleteModelError: something would be left on meta.
     """
     clock = Stopwatch()
-    with clock("open"):
-        checkpoint = open_checkpoint(path, **where)
     options = LoadOptions(
         dtype=parse_dtype(dtype),
         device_map={"": str(device or "cpu")},
@@ -98,7 +101,10 @@ def load_model(
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         key_mapping=key_mapping,
     )
-    return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock)
+    with paused_collector():
+        with clock("open"):
+            checkpoint = open_checkpoint(path, **where)
+        return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock)
 
 
 def report(model: nn.Module) -> LoadReport:
@@ -130,22 +136,21 @@ def fill_module(
         plan = plan_model(checkpoint.specs, slots, options, rules, source)
         empty = _left_empty(plan, slots)
         if initialise is None and empty:
-            raise _incomplete(
-                "the files do not have these parameters, and the module has no values for them", empty
-            )
+            raise _incomplete("the files do not have these parameters, and the module has no values for them", empty)
     with clock("place"):
         existing = _tensors_of(module) if any(not slot.on_meta for slot in slots.values()) else {}
         tensors = place(plan, checkpoint.open_file, existing, title=os.path.basename(source) or source)
     with clock("finish"):
         notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
     after_bytes = private_bytes()
+    bytes_by_action = plan.bytes_by_action()
     result = LoadReport(
         source=source,
         files=checkpoint.files,
         format=checkpoint.format,
         n_tensors=len(plan.rows),
-        n_bytes=plan.n_bytes,
-        bytes_by_action=plan.bytes_by_action(),
+        n_bytes=sum(bytes_by_action.values()),
+        bytes_by_action=bytes_by_action,
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
         missing_keys=plan.keys.missing,
@@ -188,13 +193,14 @@ def _finish(
     notes = _tie(slots, plan, made)
     for fqn, tensor in made.items():
         owner, name = _owner(owners, fqn)
-        (owner._parameters if name in owner._parameters else owner._buffers)[name] = tensor
+        held: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+        held[name] = tensor
     if initialise is not None:
         with torch.no_grad():
             for fqn in empty:
                 initialise(*_owner(owners, fqn), made[fqn])
     _place_computed_buffers(owners, slots, device_of)
-    _audit(owners)
+    _audit(owners, slots)
     return notes
 
 
@@ -226,11 +232,7 @@ def _tie(slots: Mapping[str, Slot], plan: LoadPlan, made: dict[str, torch.Tensor
         present = [fqn for fqn in names if fqn in made]
         first = present[0]
         for fqn in names:
-            if (
-                fqn not in made
-                or regions.get(fqn) == regions.get(first)
-                or _same_bytes(made[fqn], made[first])
-            ):
+            if fqn not in made or regions.get(fqn) == regions.get(first) or _same_bytes(made[fqn], made[first]):
                 made[fqn] = made[first]
             else:
                 notes.append(f"{fqn} and {first} are tied in the config but differ in the files: left untied")
@@ -255,14 +257,17 @@ def _place_computed_buffers(
             owner._buffers[name] = owner._buffers[name].to(device_of(fqn))  # type: ignore[union-attr]
 
 
-def _audit(owners: Mapping[str, nn.Module]) -> None:
-    """Raise if anything is left on meta: parameters, buffers, and plain tensor attributes too."""
-    left = [
+def _audit(owners: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> None:
+    """Raise if anything is left on meta: computed buffers, and tensors that are plain attributes of a module.
+
+    Whatever a state dict has was placed, initialised or refused before.
+    """
+    left = [fqn for fqn, slot in slots.items() if slot.on_meta and not slot.persistent]
+    left += [
         f"{prefix}.{name}" if prefix else name
         for prefix, owner in owners.items()
-        for held in (owner._parameters, owner._buffers, owner.__dict__)
-        for name, value in held.items()
-        if isinstance(value, torch.Tensor) and value.is_meta
+        for name, value in owner.__dict__.items()
+        if type(value) not in _PLAIN_TYPES and isinstance(value, torch.Tensor) and value.is_meta
     ]
     if left:
         raise _incomplete("computed when the module was built, and built on meta", left)
@@ -274,7 +279,7 @@ def _incomplete(problem: str, names: list[str]) -> IncompleteModelError:
         key=", ".join(collapse_keys(names)),
         expected="a value for every parameter and buffer",
         found=f"{len(names)} without",
-        fix="name device='cpu' where a buffer is computed in a constructor; give parameters that no file has memory first",
+        fix="name device='cpu' where a constructor computes a buffer; give parameters that no file has memory first",
     )
 
 

@@ -52,9 +52,7 @@ class FileOptions:
 
     def __post_init__(self) -> None:
         if self.variant is not None and (not self.variant or set(self.variant) & set("/\\")):
-            raise OptionError(
-                "not the name of a variant", expected="a name such as 'fp16'", found=repr(self.variant)
-            )
+            raise OptionError("not the name of a variant", expected="a name such as 'fp16'", found=repr(self.variant))
         parts = os.path.normpath(self.subfolder).split(os.sep)
         if os.path.isabs(self.subfolder) or ".." in parts:
             raise OptionError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,7 +26,7 @@ class Progress:
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._begin = time.monotonic()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def advance(self, n_bytes: int) -> None:
         """Note that n_bytes more are done."""

@@ -28,8 +28,8 @@ def tensors() -> dict[str, torch.Tensor]:
 def write_safetensors(tmp_path: Path) -> Callable[..., Path]:
     """Writes model.safetensors with the official library into a fresh folder and returns the folder."""
 
-    def write(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, name: str = "checkpoint") -> Path:
-        folder = tmp_path / name
+    def write(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+        folder = tmp_path / "checkpoint"
         folder.mkdir(exist_ok=True)
         save_file(tensors, folder / "model.safetensors", metadata or {"format": "pt"})
         return folder

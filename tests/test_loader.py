@@ -233,7 +233,7 @@ def test_opening_imports_no_torch(write_safetensors: Writer) -> None:
     import sys
 
     folder = write_safetensors({"a": torch.zeros(2)})
-    code = f"import sys, fastload; c = fastload.open_checkpoint({str(folder)!r}); print(list(c), 'torch' in sys.modules)"
+    code = f"import sys, fastload; print(list(fastload.open_checkpoint({str(folder)!r})), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['a'] False"
 

@@ -10,6 +10,7 @@ from fastload.models import registry
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file, read_config_file
 from fastload.options import HubOptions, reject_unknown
+from fastload.sources.hub import pinned
 
 if TYPE_CHECKING:
     import torch
@@ -133,13 +134,15 @@ class AutoModel(_NeverBuilt):
         """
         if not isinstance(config, PreTrainedConfig):
             kept = {name: options.pop(name) for name in (*_HUB_OPTIONS, *_LOAD_OPTIONS) if name in options}
-            of_hub = {name: kept[name] for name in _HUB_OPTIONS if name in kept}
-            subfolder = {"subfolder": options["subfolder"]} if "subfolder" in options else {}
+            hub = HubOptions(**{name: kept[name] for name in _HUB_OPTIONS if name in kept})
+            subfolder = options.get("subfolder", "")
+            file = find_config_file(path if config is None else config, subfolder=subfolder, hub=hub)
+            if config is None:
+                # Weights of the commit that the config is of, even if someone pushes in between.
+                kept["revision"] = pinned(hub, file).revision
             # What is no field of the config may be an option of loading; the model's class tells.
-            config, options = AutoConfig.from_pretrained(
-                path if config is None else config, return_unused_kwargs=True, **of_hub, **options
-            )
-            options = {**options, **kept, **subfolder}
+            config, options = AutoConfig.from_pretrained(file, return_unused_kwargs=True, **options)
+            options |= {**kept, "subfolder": subfolder}
         found = cls._class_of(cast(PreTrainedConfig, config), os.fspath(path))
         return cast(Any, found).from_pretrained(path, *model_args, config=config, **options)
 

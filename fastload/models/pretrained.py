@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -12,19 +13,23 @@ import torch
 
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import to_torch
-from fastload.errors import ConfigError, OptionError
+from fastload.errors import OptionError
 from fastload.loader import fill_module
+from fastload.models.config import PreTrainedConfig
+from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton
 from fastload.options import FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
+from fastload.pauses import paused_collector
 from fastload.placement.device_map import DeviceMapArgument, dispatch, resolve_device_map
 from fastload.plan.keys import KeyRules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
+from fastload.sources.hub import pinned
+from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastload.models.config import PreTrainedConfig
     from fastload.saver import SaveReport
 
 __all__ = ["PretrainedLoading"]
@@ -91,13 +96,15 @@ class PretrainedLoading:
             use_safetensors: True for safetensors only, False for .bin only, None for safetensors first.
             revision, token, cache_dir, local_files_only, force_download: how a hub is asked (see HubOptions).
             attn_implementation: "sdpa" or "eager".
-            config_fields: fields of the config to be set otherwise than in the file.
+            config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
+                constructor.
 
         Raises:
             TypeError: a keyword that is neither an option nor a field of the config.
             FastloadError: see `fastload.errors`; nothing is left half loaded.
         """
         clock = Stopwatch()
+        files = FileOptions(variant=variant, subfolder=subfolder, use_safetensors=use_safetensors)
         hub = HubOptions(
             revision=revision,
             token=token,
@@ -105,37 +112,36 @@ class PretrainedLoading:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        with clock("resolve"):
-            config = cls._find_config(config if config is not None else path, subfolder, hub, config_fields)
-            files = FileOptions(variant=variant, subfolder=subfolder, use_safetensors=use_safetensors)
-            found = locate_checkpoint(os.fspath(path), files, hub)
-        with clock("open"):
-            checkpoint = Checkpoint(found)
-            wanted_dtype = _choose_dtype(torch_dtype or dtype, config, checkpoint)
-            config.dtype = wanted_dtype
-            if attn_implementation is not None:
-                config._attn_implementation = attn_implementation
-        with clock("skeleton"):
-            with skeleton():
-                model: Any = cls(config, *model_args)  # type: ignore[call-arg]
-            devices = resolve_device_map(model, device_map, max_memory, wanted_dtype)
-        options = LoadOptions(
-            dtype=parse_dtype(wanted_dtype),
-            device_map={name: "cpu" if device == "disk" else device for name, device in devices.items()},
-            strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            key_mapping=key_mapping,
-        )
-        report = fill_module(
-            model,
-            checkpoint,
-            options,
-            source=os.fspath(path),
-            clock=clock,
-            rules=cls._key_rules(),
-            initialise=model.init_parameter,
-        )
-        model.eval()
+        model_options = {name: config_fields.pop(name) for name in cls._own_options() & config_fields.keys()}
+        with paused_collector():
+            with clock("resolve"):
+                config, found = cls._resolve(path, config, files, hub, config_fields)
+            with clock("open"):
+                checkpoint = Checkpoint(found)
+                config.dtype = _choose_dtype(dtype if torch_dtype is None else torch_dtype, config, checkpoint)
+                config.attn_implementation = attn_implementation or config.attn_implementation
+            with clock("skeleton"):
+                with skeleton():
+                    model: Any = cls(config, *model_args, **model_options)  # type: ignore[call-arg]
+                devices = resolve_device_map(model, device_map, max_memory, config.dtype)
+            options = LoadOptions(
+                dtype=parse_dtype(config.dtype),
+                device_map={name: "cpu" if device == "disk" else device for name, device in devices.items()},
+                strict=strict,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                key_mapping=key_mapping,
+            )
+            report = fill_module(
+                model,
+                checkpoint,
+                options,
+                source=os.fspath(path),
+                clock=clock,
+                rules=cls._key_rules(),
+                initialise=model.init_parameter,
+            )
+            with clock("finish"):
+                model.eval()
         model.name_or_path = config.name_or_path = os.fspath(path)
         if device_map is not None:
             model.hf_device_map = devices
@@ -193,42 +199,39 @@ class PretrainedLoading:
         return {tied: kept for tied, kept in declared.items() if parameters.get(tied) is parameters.get(kept)}
 
     @classmethod
-    def _find_config(
+    def _own_options(cls) -> set[str]:
+        """Keywords of the architecture's constructor beside the config, such as ``add_pooling_layer``."""
+        return set(inspect.signature(cls.__init__).parameters) - {"self", "config"}
+
+    @classmethod
+    def _resolve(
         cls,
-        config: PreTrainedConfig | str | os.PathLike[str],
-        subfolder: str,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | str | os.PathLike[str] | None,
+        files: FileOptions,
         hub: HubOptions,
         config_fields: Mapping[str, Any],
-    ) -> PreTrainedConfig:
-        if not isinstance(config, str | os.PathLike):
-            unknown = {name: value for name, value in config_fields.items() if not hasattr(config, name)}
-            reject_unknown(f"{cls.__name__}.from_pretrained", unknown)
-            own = copy.deepcopy(config)
-            for name, value in config_fields.items():
-                setattr(own, name, value)
-            return own
-        found, unknown = cls.config_class.from_pretrained(
-            config,
-            subfolder=subfolder,
-            revision=hub.revision,
-            token=hub.token,
-            cache_dir=hub.cache_dir,
-            local_files_only=hub.local_files_only,
-            force_download=hub.force_download,
-            return_unused_kwargs=True,
-            **config_fields,
-        )
+    ) -> tuple[PreTrainedConfig, CheckpointFiles]:
+        """The config and the weight files, of one commit where they come from a hub."""
+        if not isinstance(config, PreTrainedConfig):
+            config_file = find_config_file(path if config is None else config, subfolder=files.subfolder, hub=hub)
+            if config is None:
+                hub = pinned(hub, config_file)
+            config = config_file
+        return cls._read_config(config, config_fields), locate_checkpoint(path, files, hub)
+
+    @classmethod
+    def _read_config(cls, config: PreTrainedConfig | str, fields: Mapping[str, Any]) -> PreTrainedConfig:
+        """The config of a file, or a copy of the caller's, with some fields set otherwise. TypeError for no field."""
+        if isinstance(config, str):
+            read, unknown = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **fields)
+        else:
+            unknown = {name: value for name, value in fields.items() if not config.has_field(name)}
+            read = copy.deepcopy(config)
+            for name, value in fields.items():
+                setattr(read, name, value)
         reject_unknown(f"{cls.__name__}.from_pretrained", unknown)
-        if found.model_type != cls.config_class.model_type:
-            raise ConfigError(
-                f"{cls.__name__} cannot load this checkpoint",
-                file=os.fspath(config),
-                key="model_type",
-                expected=cls.config_class.model_type,
-                found=found.model_type,
-                fix="use AutoModel, which chooses the class by the config",
-            )
-        return found
+        return read
 
     @classmethod
     def _key_rules(cls) -> KeyRules:

@@ -30,11 +30,12 @@ def place(
     """
     placed: dict[str, torch.Tensor] = {}
     existing = existing or {}
-    mapped, moved = [], []
+    moved: list[PlanRow] = []
     for row in plan.rows:
-        (mapped if row.action is Action.MAP else moved).append(row)
-    for row in mapped:
-        placed[row.fqn] = open_file(row.spec.region.file).tensor(row.spec)
+        if row.action is Action.MAP:
+            placed[row.fqn] = open_file(row.spec.region.file).tensor(row.spec)
+        else:
+            moved.append(row)
     if moved:
         with Progress(title, sum(row.spec.region.n_bytes for row in moved)) as progress, torch.no_grad():
             for row in moved:

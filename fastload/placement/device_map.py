@@ -38,9 +38,7 @@ def resolve_device_map(
     """
     if device_map is None:
         if max_memory is not None:
-            raise OptionError(
-                "max_memory limits what a strategy may use", fix="pass device_map='auto' with it"
-            )
+            raise OptionError("max_memory limits what a strategy may use", fix="pass device_map='auto' with it")
         return {"": "cpu"}
     if isinstance(device_map, Mapping):
         return {name: _device_name(device) for name, device in device_map.items()}
@@ -58,9 +56,7 @@ def dispatch(model: nn.Module, device_map: Mapping[str, str]) -> None:
     from accelerate import dispatch_model
 
     # What lies on disk is mapped on the CPU: the kernel keeps of it what memory allows.
-    dispatch_model(
-        model, {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
-    )
+    dispatch_model(model, {name: "cpu" if device == "disk" else device for name, device in device_map.items()})
 
 
 def _infer(
@@ -93,7 +89,8 @@ def _device_name(device: str | int | torch.device) -> str:
         return "disk"
     try:
         if isinstance(device, int):
-            return str(torch.device(torch.accelerator.current_accelerator() or "cuda", device))
+            accelerator = torch.accelerator.current_accelerator()
+            return str(torch.device(accelerator.type if accelerator else "cuda", device))
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise OptionError(

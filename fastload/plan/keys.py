@@ -124,14 +124,7 @@ def _other_names(name: str, base_prefix: str) -> Iterable[str]:
 def _compile_mapping(key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
     if not key_mapping:
         return lambda key: key
-    substitutions: list[Callable[[str], str]] = []
-    for pattern, replacement in key_mapping.items():
-        try:
-            substitutions.append(partial(re.compile(pattern).sub, replacement))
-        except re.error as error:
-            raise OptionError(
-                "key_mapping holds a pattern that is none", key=pattern, found=str(error)
-            ) from error
+    substitutions = [partial(_compile(pattern).sub, replacement) for pattern, replacement in key_mapping.items()]
 
     def rename(key: str) -> str:
         for substitute in substitutions:
@@ -139,6 +132,13 @@ def _compile_mapping(key_mapping: Mapping[str, str] | None) -> Callable[[str], s
         return key
 
     return rename
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise OptionError("key_mapping holds a pattern that is none", key=pattern, found=str(error)) from error
 
 
 def _any_pattern(patterns: Iterable[str]) -> Callable[[str], bool]:

@@ -22,8 +22,7 @@ _F16 = DTYPES["F16"]
 def plan_state_dict(specs: Mapping[str, TensorSpec], *, dtype: DType | None, device: str) -> LoadPlan:
     """A plan for a plain state dict: every tensor under its own key, on one device."""
     rows = [
-        _row(key, spec, dtype if dtype and spec.dtype.castable else spec.dtype, device)
-        for key, spec in specs.items()
+        _row(key, spec, dtype if dtype and spec.dtype.castable else spec.dtype, device) for key, spec in specs.items()
     ]
     fqn_of_key = {key: key for key in specs}
     return LoadPlan(tuple(rows), KeyMatch(fqn_of_key, (), (), ()))

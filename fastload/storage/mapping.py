@@ -63,9 +63,7 @@ class MappedFile:
                 )
             self._mmap = mmap.mmap(fd, n_file_bytes, access=mmap.ACCESS_COPY)
         except OSError as error:
-            raise UnreadableFileError(
-                "a weight file cannot be mapped", file=path, found=error.strerror
-            ) from error
+            raise UnreadableFileError("a weight file cannot be mapped", file=path, found=error.strerror) from error
         finally:
             os.close(fd)
         self._storages: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
@@ -112,10 +110,8 @@ class MappedFile:
         as_bytes = storage.view(torch.uint8)
         if region.encoding is None:
             as_bytes.copy_(
-                torch.frombuffer(
-                    self._mmap, dtype=torch.uint8, count=region.n_bytes, offset=region.offset_bytes
-                )
+                torch.frombuffer(self._mmap, dtype=torch.uint8, count=region.n_bytes, offset=region.offset_bytes)
             )
         else:
-            decode(self._mmap, region, memoryview(as_bytes.numpy()))
+            decode(self._mmap, region, as_bytes.numpy().data)
         return storage

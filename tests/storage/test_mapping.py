@@ -152,7 +152,7 @@ def test_big_endian_bytes_are_swapped(tmp_path: Path) -> None:
     [(b"x" * 40, 44, None), (b"x" * 48, 44, None), (b"x" * 44, 44, 1), (b"x" * 10_000_000, 44, None)],
     ids=["too short", "too long", "wrong checksum", "a bomb"],
 )
-def test_an_entry_that_lies_about_itself_is_refused(tmp_path: Path, raw: bytes, claimed: int, crc32: int | None) -> None:
+def test_an_entry_that_lies_is_refused(tmp_path: Path, raw: bytes, claimed: int, crc32: int | None) -> None:
     with pytest.raises(ArchiveError, match="packed"):
         read(encoded(tmp_path, raw, claimed, crc32))
 
