@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
-from fastload.errors import FormatError, SaveError
+from fastload.errors import FormatError, SaveError, UnreadableFileError
 from fastload.sources.journal import JOURNAL_NAME, Journal, encode_journal, read_journal
 from fastload.storage.atomic import save_error, sync_folder, write_text
 from fastload.storage.writing import FileWriter
@@ -53,7 +53,7 @@ class FolderCommit:
         self._sync = sync
         self._progress = progress
         self._renames: dict[str, str] = {}
-        self._n_renamed = 0
+        self._is_renaming = False
         self._lock: int | None = None
 
     def __enter__(self) -> FolderCommit:
@@ -70,7 +70,7 @@ class FolderCommit:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if self._n_renamed == 0:
+            if not self._is_renaming:
                 self._withdraw()
         finally:
             _unlock(self._lock)
@@ -96,9 +96,10 @@ class FolderCommit:
             raise save_error(path, error) from error
 
     def names(self) -> list[str]:
-        """Names of what is in the folder."""
+        """Names of the files in the folder."""
         try:
-            return os.listdir(self.folder)
+            with os.scandir(self.folder) as entries:
+                return [entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
         except OSError as error:
             raise save_error(self.folder, error, "be listed") from error
 
@@ -111,16 +112,18 @@ class FolderCommit:
         Returns:
             The names that were removed.
         """
-        for name in self._renames:
+        for name, temporary in self._renames.items():
             path = os.path.join(self.folder, name)
             if os.path.isdir(path) and not os.path.islink(path):
                 raise save_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+            if not os.path.lexists(os.path.join(self.folder, temporary)):
+                raise SaveError("a file that was just written is gone", file=path, fix="save again")
         journal = Journal(dict(self._renames), tuple(sorted(set(superseded) - self._renames.keys())))
         write_text(os.path.join(self.folder, JOURNAL_NAME), encode_journal(journal), sync=self._sync)
         try:
             return self._carry_out(journal)
         except OSError as error:
-            if self._n_renamed == 0:
+            if not self._is_renaming:
                 raise save_error(self.folder, error, "be given its new files") from error
             raise SaveError(
                 f"the new checkpoint is complete, but part of it still has temporary names: {error.strerror}",
@@ -131,10 +134,17 @@ class FolderCommit:
     def _carry_out(self, journal: Journal) -> tuple[str, ...]:
         for name in sorted(journal.renames, key=_rank):
             temporary = os.path.join(self.folder, journal.renames[name])
-            # A save that was carried on after a kill finds some of its files renamed.
-            with contextlib.suppress(FileNotFoundError):
+            is_first, self._is_renaming = not self._is_renaming, True
+            try:
                 os.replace(temporary, os.path.join(self.folder, name))
-            self._n_renamed += 1
+            except FileNotFoundError:
+                # A save that is carried on after a kill finds some of its files renamed.
+                if os.path.lexists(temporary):
+                    raise
+            except OSError:
+                # If not even one can be renamed, the old checkpoint is still whole.
+                self._is_renaming = not is_first
+                raise
         if self._sync:
             sync_folder(self.folder)
         removed = tuple(name for name in journal.superseded if _unlink(os.path.join(self.folder, name)))
@@ -146,28 +156,37 @@ class FolderCommit:
         try:
             journal = read_journal(self.folder)
         except FormatError:
-            # Nothing can be carried out. This save's own journal will take its place.
-            journal = None
+            # It cannot be carried out. This save's own journal will take its place; until then nothing is swept.
+            return
+        except UnreadableFileError as error:
+            raise SaveError(error.problem, file=error.file, fix=error.fix) from error
         try:
             if journal is not None:
                 renames = {n: t for n, t in journal.renames.items() if t.startswith(_TEMPORARY_PREFIX)}
                 superseded = tuple(name for name in journal.superseded if _WEIGHTS.fullmatch(name))
                 self._carry_out(Journal(renames, superseded))
-                self._n_renamed = 0
+                self._is_renaming = False
             if self._lock is not None:  # else they may belong to a save that is under way
-                for name in os.listdir(self.folder):
+                for name in self.names():
                     if name.startswith(_TEMPORARY_PREFIX):
                         _unlink(os.path.join(self.folder, name))
+        except SaveError:
+            raise
         except OSError as error:
             raise save_error(self.folder, error, "be cleared of an unfinished save") from error
 
     def _withdraw(self) -> None:
         """Remove what was written. The journal goes first: it must not promise files that are gone."""
-        with contextlib.suppress(OSError, FormatError):
+        try:
             journal = read_journal(self.folder)
             if journal is not None and journal.renames == self._renames:
                 _unlink(os.path.join(self.folder, JOURNAL_NAME))
-            for temporary in self._renames.values():
+        except FormatError:
+            pass  # an earlier save's
+        except OSError:
+            return  # the journal may be there, so the files have to be
+        for temporary in self._renames.values():
+            with contextlib.suppress(OSError):
                 _unlink(os.path.join(self.folder, temporary))
 
 
