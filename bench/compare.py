@@ -18,10 +18,12 @@ from typing import Any
 from suite.fingerprint import ResultsDifferError
 from suite.fresh import JobFailedError
 from suite.outcome import Workload
+from suite.page import update_page
 from suite.table import render
 from workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "README.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.save:
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(_as_json(document) + "\n")
+            update_page(PAGE, RESULTS, WORKLOADS.values())
     print(_as_json(documents[0] if len(documents) == 1 else documents))
     return 0
 
@@ -53,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("workloads", nargs="+", choices=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--rounds", type=_positive, help="rounds of each workload (otherwise its own number)")
     parser.add_argument("--json", action="store_true", help="only the document on stdout, the tables on stderr")
-    parser.add_argument("--save", action="store_true", help="keep each document as bench/results/WORKLOAD.json")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the documents in bench/results/, the tables in README.md"
+    )
     return parser
 
 

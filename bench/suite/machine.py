@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ _PACKAGES = ("fastload", "torch", "transformers", "safetensors", "accelerate", "
 
 
 def describe_machine() -> dict[str, Any]:
-    """Hardware, versions, and how busy the machine was before the first round."""
+    """Hardware, versions, the commit, and the load average of the last minute."""
     return {
         "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -22,8 +23,22 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "commit": _commit(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def _commit() -> str | None:
+    """The commit that was measured, with a plus sign if the package was changed since; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "fastload") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:

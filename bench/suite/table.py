@@ -34,7 +34,9 @@ def _cells(document: dict[str, Any], loader: str, others: list[str]) -> list[str
 
 def _name(metric: str) -> str:
     """A metric's name without its unit, which stands with the numbers."""
-    return metric.removesuffix("_s").removesuffix("_bytes").removesuffix("_per").replace("_", " ")
+    if metric == "gb_per_s":
+        return "rate"
+    return metric.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
 
 
 def _value(metric: str, value: float) -> str:
