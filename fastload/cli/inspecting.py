@@ -39,32 +39,24 @@ def run(arguments: argparse.Namespace) -> int:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything the headers say, as plain data. Bytes that several tensors share count once."""
     own_bytes = _own_bytes(checkpoint.specs)
-    return {
-        "format": checkpoint.format,
-        "n_tensors": len(checkpoint.specs),
-        "n_parameters": sum(prod(spec.shape) for spec in checkpoint.specs.values() if own_bytes[spec.key]),
-        "n_bytes": checkpoint.n_bytes,
-        "files": _totals(checkpoint.specs, own_bytes, lambda spec: spec.region.file, checkpoint.files),
-        "dtypes": _totals(checkpoint.specs, own_bytes, lambda spec: spec.dtype.code),
-        "modules": [
-            {"name": module.name, "n_tensors": len(module.specs), "n_bytes": _sum(module.specs, own_bytes)}
-            for module in group_by_module(checkpoint.specs)
-        ],
-        "tensors": [
-            {
-                "key": spec.key,
-                "dtype": spec.dtype.code,
-                "shape": list(spec.shape),
-                "n_bytes": _n_bytes(spec),
-                "file": spec.region.file,
-                "offset_bytes": spec.region.offset_bytes,
-                "encoded": spec.region.encoding is not None,
-            }
-            for spec in checkpoint.specs.values()
-        ],
-        "metadata": checkpoint.metadata,
-        "notes": list(checkpoint.notes),
-    }
+    modules = [
+        {"name": module.name, "n_tensors": len(module.specs), "n_bytes": _sum(module.specs, own_bytes)}
+        for module in group_by_module(checkpoint.specs)
+    ]
+    tensors = [
+        {
+            "key": spec.key,
+            "dtype": spec.dtype.code,
+            "shape": list(spec.shape),
+            "n_bytes": _n_bytes(spec),
+            "file": spec.region.file,
+            "offset_bytes": spec.region.offset_bytes,
+            "encoded": spec.region.encoding is not None,
+        }
+        for spec in checkpoint.specs.values()
+    ]
+    text = {"metadata": checkpoint.metadata, "notes": list(checkpoint.notes)}
+    return {**_totals(checkpoint), **text, "modules": modules, "tensors": tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +139,7 @@ def _rows_of_all(specs: Mapping[str, TensorSpec]) -> Iterable[tuple[str, ...]]:
 
 
 def _print_totals(source: str, checkpoint: Checkpoint) -> None:
-    found = describe(checkpoint)
+    found = _totals(checkpoint)
     print_line(f"{source}: {checkpoint.format}, {found['n_tensors']:,} tensors, {found['n_parameters']:,} parameters")
     for name, total in found["dtypes"].items():
         print_line(f"  {name:<8} {total['n_tensors']:>6,} tensors  {format_bytes(total['n_bytes']):>9}")
@@ -159,16 +151,23 @@ def _print_totals(source: str, checkpoint: Checkpoint) -> None:
         print_line(f"  note     {note}")
 
 
-def _totals(
-    specs: Mapping[str, TensorSpec], own_bytes: Mapping[str, int], kind: Any, known: Iterable[str] = ()
-) -> dict[str, dict[str, int]]:
-    """Tensors and bytes by what ``kind`` says of a spec."""
-    totals = {name: {"n_tensors": 0, "n_bytes": 0} for name in known}
-    for spec in specs.values():
-        total = totals.setdefault(kind(spec), {"n_tensors": 0, "n_bytes": 0})
-        total["n_tensors"] += 1
-        total["n_bytes"] += own_bytes[spec.key]
-    return totals
+def _totals(checkpoint: Checkpoint) -> dict[str, Any]:
+    own_bytes = _own_bytes(checkpoint.specs)
+    files = {path: {"n_tensors": 0, "n_bytes": 0} for path in checkpoint.files}
+    types: dict[str, dict[str, int]] = {}
+    for key, spec in checkpoint.specs.items():
+        of_type = types.setdefault(spec.dtype.code, {"n_tensors": 0, "n_bytes": 0})
+        for total in (files[spec.region.file], of_type):
+            total["n_tensors"] += 1
+            total["n_bytes"] += own_bytes[key]
+    return {
+        "format": checkpoint.format,
+        "n_tensors": len(checkpoint.specs),
+        "n_parameters": sum(prod(spec.shape) for key, spec in checkpoint.specs.items() if own_bytes[key]),
+        "n_bytes": checkpoint.n_bytes,
+        "files": files,
+        "dtypes": types,
+    }
 
 
 def _own_bytes(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
