@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final, TypeGuard
 
-from fastload.dtypes import DType
+from fastload.dtypes import DTYPES, DType
 from fastload.errors import ArchiveError, FormatError, UnknownDtypeError
 from fastload.formats.specs import FileContents, Region, StorageView, TensorSpec
 from fastload.formats.torch_legacy import is_tar, read_legacy, read_tar
@@ -26,6 +26,9 @@ _NESTED_UNDER: Final = ("state_dict", "model", "module")
 _MAX_EXPANDED_BYTES: Final = 1 << 30
 # Hashes of tuples can be made to collide; a small cache cannot be made slow.
 _MAX_LAYOUTS: Final = 1_000
+_ITEMSIZES: Final = {dtype: dtype.itemsize for dtype in DTYPES.values()}
+# Real and imaginary part are swapped each for itself.
+_SWAP_BYTES: Final = _ITEMSIZES | {DTYPES["C64"]: 4, DTYPES["C128"]: 8}
 _new: Final = tuple.__new__
 
 
@@ -166,7 +169,7 @@ def _specs(state: dict[Any, Any], storages: Storages, source: Source) -> tuple[T
                 layouts.clear()
             layout = layouts[shape, stride] = _layout(shape, stride)
         n_elements, n_reach, is_contiguous = layout
-        itemsize = dtype.itemsize
+        itemsize = _ITEMSIZES[dtype]
         view = None
         if not is_contiguous or offset or n_elements * itemsize != region.n_bytes:
             view = StorageView(offset, stride)
@@ -185,10 +188,8 @@ def _region(
     kind = tensor.kind
     if kind.dtype is None:
         raise _nameless_or_typeless(key, tensor, source.file)
-    # Real and imaginary part are swapped each for itself.
-    unit = dtype.itemsize // 2 if dtype.code in ("C64", "C128") else dtype.itemsize
     try:
-        region = storages.region(tensor.key, tensor.n_elements * kind.dtype.itemsize, unit)
+        region = storages.region(tensor.key, tensor.n_elements * _ITEMSIZES[kind.dtype], _SWAP_BYTES[dtype])
     except FormatError as error:
         raise type(error)(
             error.problem, file=error.file, key=key, expected=error.expected, found=error.found, fix=error.fix
