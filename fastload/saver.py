@@ -120,12 +120,12 @@ def save_checkpoint(
     max_shard_bytes = parse_size(max_shard_size)
     options = FileOptions(variant=variant, use_safetensors=safe_serialization)
     single, index_name = candidates(options)[0].names
-    small_files = _encoded(extra_files or {})
+    small_files = _encoded(extra_files or {}, variant)
     tensors = _collect(state_dict)
     if safe_serialization:
-        content = as_safetensors(tensors, tied or {}, metadata or {})
+        content = as_safetensors(tensors, tied or {}, _texts(metadata or {}))
     elif metadata:
-        raise OptionError("a .bin has no place for metadata", fix="save as safetensors, or leave it out")
+        raise OptionError("a .bin has no place for metadata", fix="save as safetensors, or leave metadata out")
     else:
         content = as_bin(tensors)
     shards = split_into_shards(content.sizes, max_shard_bytes, content.together)
@@ -208,11 +208,24 @@ def _is_wrapper(value: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(value)
 
 
-def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
+def _encoded(texts: Mapping[str, str], variant: str | None) -> dict[str, bytes]:
+    """The small files as bytes, under names that no other file of the checkpoint can have."""
     for name in texts:
-        if os.path.basename(name) != name or name in ("", ".", "..") or name.startswith(".fastload"):
-            raise OptionError("not the name of a file in the folder", expected="a plain name", found=repr(name))
-    return {name: text.encode() for name, text in texts.items()}
+        is_plain = os.path.basename(name) == name and name not in ("", ".", "..")
+        if not is_plain or name.startswith(".fastload") or _is_weights(name, variant):
+            raise OptionError("not a name for a file beside the weights", expected="a plain name", found=repr(name))
+    try:
+        return {name: text.encode() for name, text in texts.items()}
+    except UnicodeEncodeError as error:
+        raise OptionError("the text of a file is not Unicode", found=str(error)) from None
+
+
+def _texts(metadata: Mapping[str, object]) -> dict[str, str]:
+    texts = {name: text for name, text in metadata.items() if isinstance(name, str) and isinstance(text, str)}
+    if len(texts) != len(metadata):
+        others = [repr(item) for item in metadata.items() if item[0] not in texts]
+        raise OptionError("metadata is text by name", expected="str for each str", found=", ".join(others))
+    return texts
 
 
 def _write_small(data: bytes, writer: FileWriter) -> None:

@@ -20,14 +20,14 @@ from types import TracebackType
 
 from fastload.errors import FormatError, SaveError, UnreadableFileError
 from fastload.sources.journal import JOURNAL_NAME, Journal, encode_journal, read_journal
-from fastload.storage.atomic import save_error, sync_folder, write_text
+from fastload.storage.atomic import save_error, sync_folder
 from fastload.storage.writing import FileWriter
 
 __all__ = ["FolderCommit"]
 
 _TEMPORARY_PREFIX = ".fastload-tmp-"
 # A journal found in a folder may be anybody's: these are the only files it can have removed.
-_WEIGHTS = re.compile(r"(pytorch_)?model[.-].*\.(safetensors|bin|json)", re.DOTALL)
+_WEIGHTS = re.compile(r"(pytorch_)?model([.-].*)?\.(safetensors|bin)(\.index(\..+)?\.json)?", re.DOTALL)
 # Not every file system can sync, and one that cannot is no reason not to save.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
@@ -52,7 +52,7 @@ class FolderCommit:
         self.folder = folder
         self._sync = sync
         self._progress = progress
-        self._renames: dict[str, str] = {}
+        self._temporaries: dict[str, str] = {}
         self._is_renaming = False
         self._lock: int | None = None
 
@@ -78,13 +78,12 @@ class FolderCommit:
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[FileWriter]:
         """A new file of the checkpoint to write, complete when the context is left."""
-        temporary = f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
-        self._renames[name] = temporary
+        self._temporaries[name] = f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
         path = os.path.join(self.folder, name)
         try:
             # 0666 less the umask, as for any file; tempfile would make it 0600.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            descriptor = os.open(os.path.join(self.folder, temporary), flags, 0o666)
+            descriptor = os.open(self._path_of_temporary(name), flags, 0o666)
             with FileWriter(descriptor, self._progress) as writer:
                 yield writer
                 writer.flush()
@@ -112,15 +111,20 @@ class FolderCommit:
         Returns:
             The names that were removed.
         """
-        for name, temporary in self._renames.items():
+        for name in self._temporaries:
             path = os.path.join(self.folder, name)
             if os.path.isdir(path) and not os.path.islink(path):
                 raise save_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-            if not os.path.lexists(os.path.join(self.folder, temporary)):
+            if not os.path.lexists(self._path_of_temporary(name)):
                 raise SaveError("a file that was just written is gone", file=path, fix="save again")
-        journal = Journal(dict(self._renames), tuple(sorted(set(superseded) - self._renames.keys())))
-        write_text(os.path.join(self.folder, JOURNAL_NAME), encode_journal(journal), sync=self._sync)
+        renames = dict(self._temporaries)
+        journal = Journal(renames, tuple(sorted(set(superseded) - renames.keys())))
+        with self.file(JOURNAL_NAME) as writer:
+            writer.write(encode_journal(journal).encode())
         try:
+            os.replace(self._path_of_temporary(JOURNAL_NAME), os.path.join(self.folder, JOURNAL_NAME))
+            if self._sync:
+                sync_folder(self.folder)
             return self._carry_out(journal)
         except OSError as error:
             if not self._is_renaming:
@@ -130,6 +134,9 @@ class FolderCommit:
                 file=os.path.join(self.folder, error.filename or ""),
                 fix="fastload loads it as it is; save again, when the cause is gone, to finish the renaming",
             ) from error
+
+    def _path_of_temporary(self, name: str) -> str:
+        return os.path.join(self.folder, self._temporaries[name])
 
     def _carry_out(self, journal: Journal) -> tuple[str, ...]:
         for name in sorted(journal.renames, key=_rank):
@@ -179,15 +186,15 @@ class FolderCommit:
         """Remove what was written. The journal goes first: it must not promise files that are gone."""
         try:
             journal = read_journal(self.folder)
-            if journal is not None and journal.renames == self._renames:
+            if journal is not None and journal.renames.items() <= self._temporaries.items():
                 _unlink(os.path.join(self.folder, JOURNAL_NAME))
         except FormatError:
             pass  # an earlier save's
         except OSError:
             return  # the journal may be there, so the files have to be
-        for temporary in self._renames.values():
+        for name in self._temporaries:
             with contextlib.suppress(OSError):
-                _unlink(os.path.join(self.folder, temporary))
+                _unlink(self._path_of_temporary(name))
 
 
 def _rank(name: str) -> tuple[int, str]:
