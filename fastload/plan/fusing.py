@@ -1,0 +1,213 @@
+"""Many tensors of the files that are one tensor of the model: the experts of a layer, a joined projection.
+
+Pure. A fusion says by name which keys belong together and by which operations (stack, concatenate, and their nesting)
+they become one; the result is a list of pieces, each a box of the fused tensor. The spelling of patterns and the order
+of operations are those of the weight converters in transformers, so that its tables translate line by line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from fastload.errors import KeyMatchError, OptionError
+from fastload.formats.specs import TensorSpec
+
+__all__ = ["Concatenate", "FusedSpec", "Fusion", "Piece", "Stack", "contiguous_stride", "fuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Join the tensors that one pattern matches along a new dimension, in the order of the number in their keys."""
+
+    dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Concatenate:
+    """Join what the patterns gave along a dimension that is there, in the order of the patterns."""
+
+    dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One rule.
+
+    Attributes:
+        sources: ends of the keys that belong together, such as ``"experts.*.gate_proj.weight"``; ``*`` is a number.
+            What stands before the end tells one fused tensor from another.
+        target: end of the fused tensor's name.
+        operations: what makes one of them, in order: at most one Stack, then at most one Concatenate.
+    """
+
+    sources: tuple[str, ...]
+    target: str
+    operations: tuple[Stack | Concatenate, ...]
+
+    def __post_init__(self) -> None:
+        kinds = [type(operation) for operation in self.operations]
+        wanted = [Stack] * any("*" in source for source in self.sources) + [Concatenate] * (len(self.sources) > 1)
+        if kinds != wanted:
+            raise OptionError(
+                "the operations of a fusion do not make one tensor of its sources",
+                key=self.target,
+                expected=", ".join(kind.__name__ for kind in wanted) or "none",
+                found=", ".join(kind.__name__ for kind in kinds) or "none",
+                fix="a Stack for sources with '*', then a Concatenate for several sources",
+            )
+
+
+class Piece(NamedTuple):
+    """One tensor of the files as a box of the fused tensor.
+
+    Attributes:
+        spec: the tensor.
+        offset: index of its first element in the fused tensor, counted in elements.
+        stride: distance of its elements along each of its dimensions there, in elements.
+    """
+
+    spec: TensorSpec
+    offset: int
+    stride: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its bytes follow each other in the fused tensor as they do in the file."""
+        return self.stride == contiguous_stride(self.spec.shape) or prod(self.spec.shape) <= 1
+
+
+class FusedSpec(NamedTuple):
+    """A fused tensor: what a TensorSpec is for one that is in a file as it is needed.
+
+    Attributes:
+        key: name of the fused tensor.
+        shape: its shape.
+        pieces: what it is made of; every element belongs to exactly one.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[dict[str, TensorSpec], list[FusedSpec]]:
+    """The specs that no fusion takes, and the fused tensors in the order in which their first pieces occur.
+
+    Raises:
+        KeyMatchError: pieces of one fused tensor are missing or do not fit each other; all such cases in one error.
+    """
+    rest: dict[str, TensorSpec] = {}
+    groups: dict[str, tuple[Fusion, dict[int, dict[int, TensorSpec]]]] = {}
+    matchers = [(number, fusion, _matcher(fusion)) for number, fusion in enumerate(fusions)]
+    for key, spec in specs.items():
+        for _, fusion, matcher in matchers:
+            match = matcher.search(key)
+            if match is None:
+                continue
+            source = next(index for index in range(len(fusion.sources)) if match[f"s{index}"] is not None)
+            position = match[f"n{source}"] if "*" in fusion.sources[source] else None
+            name = key[: match.start()] + fusion.target
+            _, members = groups.setdefault(name, (fusion, {}))
+            members.setdefault(source, {})[int(position or 0)] = spec
+            break
+        else:
+            rest[key] = spec
+    problems: list[str] = []
+    fused = [_assemble(name, fusion, members, problems) for name, (fusion, members) in groups.items()]
+    if problems:
+        raise KeyMatchError(
+            f"tensors that belong together do not fit ({len(problems)} problems)",
+            file=next(iter(specs.values())).region.file,
+            found="\n            ".join(problems),
+            fix="fetch or save the checkpoint again",
+        )
+    return rest, [spec for spec in fused if spec is not None]
+
+
+def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(tuple(shape)):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _matcher(fusion: Fusion) -> re.Pattern[str]:
+    """One pattern for all sources: group s0, s1.. tells which, n0, n1.. the number that ``*`` stands for."""
+    alternatives = []
+    for index, source in enumerate(fusion.sources):
+        pattern = re.escape(source).replace(r"\*", rf"(?P<n{index}>\d+)", 1)
+        alternatives.append(f"(?P<s{index}>{pattern})")
+    return re.compile(rf"(?<![^.])(?:{'|'.join(alternatives)})$")
+
+
+def _assemble(
+    name: str, fusion: Fusion, members: Mapping[int, Mapping[int, TensorSpec]], problems: list[str]
+) -> FusedSpec | None:
+    """The pieces of one fused tensor; None, and a line in problems, where they do not make one."""
+    absent = [source for index, source in enumerate(fusion.sources) if index not in members]
+    counts = {len(numbered) for numbered in members.values()}
+    gaps = [index for index, numbered in members.items() if set(numbered) != set(range(len(numbered)))]
+    every = [spec for numbered in members.values() for spec in numbered.values()]
+    if absent or gaps or len(counts) > 1:
+        problems.append(f"{name}: {', '.join(absent) or 'numbers of its pieces'} missing ({len(every)} pieces found)")
+        return None
+    shapes, dtypes = {spec.shape for spec in every}, {spec.dtype.code for spec in every}
+    stack = next((operation for operation in fusion.operations if isinstance(operation, Stack)), None)
+    joint = next((operation for operation in fusion.operations if isinstance(operation, Concatenate)), None)
+    parts = [[members[index][number] for number in sorted(members[index])] for index in range(len(fusion.sources))]
+    along = _concatenated_dim(stack, joint, len(every[0].shape))
+    if len(dtypes) > 1 or len({_without(shape, along) for shape in shapes}) > 1:
+        found = ", ".join(sorted(f"{spec.dtype} {list(spec.shape)}" for spec in every)[:4])
+        problems.append(f"{name}: its pieces differ ({found} ...)")
+        return None
+    return _layout(name, parts, stack, joint)
+
+
+def _concatenated_dim(stack: Stack | None, joint: Concatenate | None, n_dims: int) -> int | None:
+    """The dimension of a piece in which pieces of different sources may differ; None if there is none."""
+    if joint is None:
+        return None
+    if stack is None:
+        return joint.dim % n_dims
+    dim, stacked = joint.dim % (n_dims + 1), stack.dim % (n_dims + 1)
+    return None if dim == stacked else dim - (dim > stacked)
+
+
+def _without(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
+    return shape if dim is None else shape[:dim] + shape[dim + 1 :]
+
+
+def _layout(
+    name: str, parts: Sequence[Sequence[TensorSpec]], stack: Stack | None, joint: Concatenate | None
+) -> FusedSpec:
+    """Where each piece begins, and how it lies: a stacked index is a dimension that the piece does not have."""
+    shapes = []
+    for part in parts:
+        shape = list(part[0].shape)
+        if stack is not None:
+            shape.insert(stack.dim % (len(shape) + 1), len(part))
+        shapes.append(shape)
+    whole = list(shapes[0])
+    if joint is not None:
+        whole[joint.dim] = sum(shape[joint.dim] for shape in shapes)
+    strides = contiguous_stride(whole)
+    stacked_dim = None if stack is None else stack.dim % len(whole)
+    pieces: list[Piece] = []
+    begin = 0
+    for part, shape in zip(parts, shapes, strict=True):
+        for number, spec in enumerate(part):
+            if stacked_dim is None:
+                pieces.append(Piece(spec, begin, strides))
+            else:
+                at = begin + number * strides[stacked_dim]
+                pieces.append(Piece(spec, at, _without(strides, stacked_dim)))
+        if joint is not None:
+            begin += shape[joint.dim] * strides[joint.dim]
+    return FusedSpec(name, tuple(whole), tuple(pieces))
