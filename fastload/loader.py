@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,9 +22,11 @@ from fastload.errors import IncompleteModelError, OptionError
 from fastload.options import LoadOptions, parse_dtype
 from fastload.pauses import paused_collector
 from fastload.placement.cpu import place
+from fastload.placement.fused import place_fused
+from fastload.plan.fusing import Fusion
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
-from fastload.plan.rows import LoadPlan
+from fastload.plan.rows import Action, LoadPlan
 from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.storage.memory import private_bytes
@@ -72,6 +74,7 @@ def load_model(
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
     key_mapping: Mapping[str, str] | None = None,
+    fusions: Sequence[Fusion] = (),
     **where: Any,
 ) -> LoadReport:
     """Fill any module from a checkpoint.
@@ -87,6 +90,7 @@ def load_model(
         strict: raise KeyMatchError on any missing, unexpected or mismatched key, before anything is changed.
         ignore_mismatched_sizes: leave parameters alone whose shape differs (they must have memory).
         key_mapping: regular expression -> replacement for the files' keys.
+        fusions: tensors of the module that the files keep in pieces, such as the experts of a layer.
         where: which files, as for `open_checkpoint`.
 
     Raises:
@@ -104,7 +108,8 @@ def load_model(
     with paused_collector():
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
-        return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock)
+        rules = KeyRules(fusions=tuple(fusions))
+        return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules)
 
 
 def report(model: nn.Module) -> LoadReport:
@@ -140,15 +145,17 @@ def fill_module(
     with clock("place"):
         existing = _tensors_of(module) if any(not slot.on_meta for slot in slots.values()) else {}
         tensors = place(plan, checkpoint.open_file, existing, title=os.path.basename(source) or source)
+        fused, n_remapped_bytes = place_fused(plan, checkpoint.open_file, existing)
+        tensors |= fused
     with clock("finish"):
         notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
     after_bytes = private_bytes()
-    bytes_by_action = plan.bytes_by_action()
+    bytes_by_action = _bytes_by_outcome(plan, n_remapped_bytes)
     result = LoadReport(
         source=source,
         files=checkpoint.files,
         format=checkpoint.format,
-        n_tensors=len(plan.rows),
+        n_tensors=len(plan.rows) + sum(len(row.spec.pieces) for row in plan.fused),
         n_bytes=sum(bytes_by_action.values()),
         bytes_by_action=bytes_by_action,
         stages_ms=clock.stages_ms,
@@ -164,9 +171,20 @@ def fill_module(
     return result
 
 
+def _bytes_by_outcome(plan: LoadPlan, n_remapped_bytes: int) -> dict[str, int]:
+    """Source bytes by what was done: of what was to be remapped, the edges of pieces had to be copied."""
+    counts = plan.bytes_by_action()
+    planned = counts.pop(Action.REMAP.value, 0)
+    if planned:
+        counts[Action.REMAP.value] = n_remapped_bytes
+        counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + planned - n_remapped_bytes
+    return counts
+
+
 def _left_empty(plan: LoadPlan, slots: Mapping[str, Slot]) -> list[str]:
     """Names on meta that no row fills, directly or through a tie; of a tied group the first name stands for all."""
-    filled = {slots[row.fqn].tied_to or row.fqn for row in plan.rows}
+    placed = [*(row.fqn for row in plan.rows), *(row.fqn for row in plan.fused)]
+    filled = {slots[fqn].tied_to or fqn for fqn in placed}
     return [
         fqn
         for fqn, slot in slots.items()
@@ -232,7 +250,8 @@ def _tie(slots: Mapping[str, Slot], plan: LoadPlan, made: dict[str, torch.Tensor
         present = [fqn for fqn in names if fqn in made]
         first = present[0]
         for fqn in names:
-            if fqn not in made or regions.get(fqn) == regions.get(first) or _same_bytes(made[fqn], made[first]):
+            is_one_region = fqn in regions and regions[fqn] == regions.get(first)
+            if fqn not in made or is_one_region or _same_bytes(made[fqn], made[first]):
                 made[fqn] = made[first]
             else:
                 notes.append(f"{fqn} and {first} are tied in the config but differ in the files: left untied")

@@ -77,7 +77,8 @@ class LoadReport:
     @property
     def mapped_share(self) -> float:
         """Share of the source bytes that are used where they lie, without a copy: 0 to 1."""
-        return self.bytes_by_action.get("map", 0) / self.n_bytes if self.n_bytes else 1.0
+        n_mapped = self.bytes_by_action.get("map", 0) + self.bytes_by_action.get("remap", 0)
+        return n_mapped / self.n_bytes if self.n_bytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with the derived figures."""

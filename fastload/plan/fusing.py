@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from fastload.dtypes import DType
 from fastload.errors import KeyMatchError, OptionError
 from fastload.formats.specs import TensorSpec
 
@@ -92,6 +93,16 @@ class FusedSpec(NamedTuple):
     key: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> DType:
+        """The type that all its pieces have."""
+        return self.pieces[0].spec.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces together."""
+        return sum(piece.spec.region.n_bytes for piece in self.pieces)
 
 
 def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[dict[str, TensorSpec], list[FusedSpec]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fastload.errors import OptionError
+from fastload.plan.fusing import Fusion
 from fastload.plan.slots import Slot
 
 __all__ = ["KeyMatch", "KeyRules", "match_keys"]
@@ -35,12 +36,14 @@ class KeyRules:
         ignore_missing: patterns of names whose absence is no news.
         ignore_unexpected: patterns of keys that old checkpoints carry and the model has no need of.
         keep_in_fp32: parts of names that stay float32 in a model loaded as float16, whose range they overflow.
+        fusions: tensors of the model that checkpoints keep in pieces.
     """
 
     base_prefix: str = ""
     ignore_missing: tuple[str, ...] = ()
     ignore_unexpected: tuple[str, ...] = ()
     keep_in_fp32: tuple[str, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

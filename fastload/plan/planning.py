@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from fastload.dtypes import DTYPES, DType
 from fastload.errors import KeyMatchError
 from fastload.formats.specs import TensorSpec
 from fastload.options import LoadOptions
+from fastload.plan.fusing import FusedSpec, fuse
 from fastload.plan.keys import KeyMatch, KeyRules, match_keys
-from fastload.plan.rows import Action, LoadPlan, PlanRow
+from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.plan.slots import Slot
 from fastload.reports import collapse_keys
 
@@ -48,23 +50,29 @@ def plan_model(
         KeyMatchError: one message with every problem: shapes that differ (unless ignore_mismatched_sizes), and under
             strict also missing and unexpected keys.
     """
-    keys = match_keys(specs, slots, rules, options.key_mapping)
+    single, fused_specs = fuse(specs, rules.fusions) if rules.fusions else (specs, [])
+    fused_by_key = {spec.key: spec for spec in fused_specs}
+    keys = match_keys([*single, *fused_by_key], slots, rules, options.key_mapping)
     device_of = device_finder(options.device_map)
     rows: list[PlanRow] = []
+    fused: list[FusedRow] = []
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for key, fqn in keys.fqn_of_key.items():
-        spec, slot = specs[key], slots[fqn]
+        slot = slots[fqn]
+        spec = fused_by_key.get(key) or single[key]
         if spec.shape != slot.shape:
             mismatched.append((fqn, spec.shape, slot.shape))
             continue
         wanted = target_dtype(slot, options.dtype, rules)
         dtype = wanted if wanted.castable and spec.dtype.castable else spec.dtype
-        if slot.on_meta:
+        if isinstance(spec, FusedSpec):
+            fused.append(_fused_row(slot, spec, dtype, device_of(fqn)))
+        elif slot.on_meta:
             rows.append(_row(fqn, spec, dtype, device_of(fqn)))
         else:
             rows.append(PlanRow(fqn, spec, slot.dtype, "", Action.FILL, "the module has memory of its own"))
     rows.sort(key=lambda row: row.spec.region[:2])
-    plan = LoadPlan(tuple(rows), keys, tuple(mismatched))
+    plan = LoadPlan(tuple(rows), keys, tuple(mismatched), tuple(fused))
     _check(plan, options, source)
     return plan
 
@@ -107,6 +115,23 @@ def _row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
             fqn, spec, dtype, device, Action.COPY, f"not on a multiple of {dtype.itemsize} bytes in the file"
         )
     return PlanRow(fqn, spec, dtype, device, Action.MAP)
+
+
+def _fused_row(slot: Slot, spec: FusedSpec, dtype: DType, device: str) -> FusedRow:
+    if not slot.on_meta:
+        return FusedRow(slot.fqn, spec, slot.dtype, "", Action.GATHER, "the module has memory of its own")
+    if device != "cpu":
+        return FusedRow(slot.fqn, spec, dtype, device, Action.MOVE, f"to {device}")
+    reason = ""
+    if sys.platform != "linux":
+        reason = "pages can be remapped on Linux only"
+    elif dtype is not spec.dtype:
+        reason = f"{spec.dtype} to {dtype}"
+    elif any(piece.spec.region.encoding or piece.spec.view for piece in spec.pieces):
+        reason = "encoded, or not contiguous, in the file"
+    elif not all(piece.is_contiguous for piece in spec.pieces):
+        reason = "pieces alternate in the fused tensor"
+    return FusedRow(slot.fqn, spec, dtype, device, Action.GATHER if reason else Action.REMAP, reason)
 
 
 def _check(plan: LoadPlan, options: LoadOptions, source: str) -> None:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from fastload.dtypes import DType
 from fastload.formats.specs import TensorSpec
+from fastload.plan.fusing import FusedSpec
 from fastload.plan.keys import KeyMatch
 
-__all__ = ["Action", "LoadPlan", "PlanRow"]
+__all__ = ["Action", "FusedRow", "LoadPlan", "PlanRow"]
 
 
 class Action(Enum):
@@ -30,6 +31,10 @@ class Action(Enum):
     """copied, and converted if need be, into memory that the module already has"""
     CAST = "cast"
     """converted to another dtype"""
+    REMAP = "remap"
+    """fused: the files' pages are mapped side by side, and only what shares a page with a neighbour is copied"""
+    GATHER = "gather"
+    """fused: every piece is written into its place, and converted if need be"""
     MOVE = "move"
     """sent to another device, converted there if need be"""
 
@@ -54,6 +59,17 @@ class PlanRow(NamedTuple):
     reason: str = ""
 
 
+class FusedRow(NamedTuple):
+    """The way of many tensors of the files into one of the model; the fields are those of a PlanRow."""
+
+    fqn: str
+    spec: FusedSpec
+    dtype: DType
+    device: str
+    action: Action
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
     """All rows, by file and offset, and what was decided about keys that have none.
@@ -62,11 +78,13 @@ class LoadPlan:
         rows: the tensors that will be placed.
         keys: how the files' keys and the model's names fit.
         mismatched: (name, shape in the file, shape in the model) of tensors that will not be placed.
+        fused: the tensors that are made of several.
     """
 
     rows: tuple[PlanRow, ...]
     keys: KeyMatch
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    fused: tuple[FusedRow, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -82,6 +100,8 @@ class LoadPlan:
             if n_bytes and (file, offset, n_bytes) not in seen:
                 seen.add((file, offset, n_bytes))
                 counts[row.action.value] += n_bytes
+        for fused in self.fused:
+            counts[fused.action.value] += fused.spec.n_bytes
         return dict(counts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,5 +128,19 @@ class LoadPlan:
                     "reason": row.reason,
                 }
                 for row in self.rows
+            ],
+            "fused": [
+                {
+                    "fqn": fused.fqn,
+                    "keys": [piece.spec.key for piece in fused.spec.pieces],
+                    "n_bytes": fused.spec.n_bytes,
+                    "from_dtype": fused.spec.dtype.code,
+                    "dtype": fused.dtype.code,
+                    "shape": list(fused.spec.shape),
+                    "device": fused.device,
+                    "action": fused.action.value,
+                    "reason": fused.reason,
+                }
+                for fused in self.fused
             ],
         }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import sys
 import threading
 import weakref
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 from fastload.errors import TruncatedFileError, UnreadableFileError
 
-__all__ = ["FilePiece", "Layout", "can_remap", "lay_out", "mappings_left"]
+__all__ = ["FilePiece", "Layout", "lay_out", "mappings_left"]
 
 _PAGE = mmap.PAGESIZE
 _MAP_FIXED = 0x10
@@ -65,11 +64,6 @@ class Layout(NamedTuple):
     buffer: ctypes.Array[ctypes.c_char]
     n_mapped_bytes: int
     n_copied_bytes: int
-
-
-def can_remap() -> bool:
-    """Whether this platform has what it takes: Linux, and the page size that a mapping's address is rounded to."""
-    return sys.platform == "linux"
 
 
 def mappings_left() -> int:
