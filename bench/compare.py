@@ -70,8 +70,7 @@ def _positive(text: str) -> int:
 
 
 def _measured(workload: Workload, rounds: int | None) -> dict[str, Any]:
-    n_rounds = rounds or workload.rounds
-    return workload.measure(n_rounds).document(workload.name, n_rounds)
+    return workload.measure(rounds or workload.rounds).document(workload.name)
 
 
 def _as_json(document: object) -> str:

@@ -22,11 +22,11 @@ from suite.rounds import interleave
 def main(rounds: int, folders: dict[str, Path]) -> None:
     """Load in turns, then load once more with each and take fingerprints."""
     runs = {loader: partial(_timed, loader, folder) for loader, folder in folders.items()}
-    samples = interleave(runs, rounds)
+    measured = interleave(runs, rounds)
     digests = {
         loader: fingerprint(BERT_LOADERS[loader].load(folder).state_dict()) for loader, folder in folders.items()
     }
-    finish(samples=samples, digests=digests)
+    finish(samples=measured.samples, n_disturbed=measured.n_disturbed, digests=digests)
 
 
 def _timed(loader: str, folder: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from suite.machine import describe_machine
-from suite.rounds import Samples
+from suite.rounds import Rounds, Samples
 
 __all__ = ["Outcome", "Target", "Workload", "at_least", "at_most"]
 
@@ -57,33 +57,35 @@ class Outcome:
     """The measurements of one workload, its results already checked.
 
     Attributes:
-        samples: loader -> metric -> a value a round. ``fastload`` is among the loaders.
+        rounds: what was measured. ``fastload`` is among the loaders.
         metric: the metric that ratios are of; less is better.
         limit: the loader that does only what cannot be spared, if the workload has one.
         n_bytes: bytes that a load brings, for GB/s, where the metric is seconds.
         targets: what was promised.
     """
 
-    samples: Samples
+    rounds: Rounds
     metric: str
     limit: str | None = None
     n_bytes: int | None = None
     targets: tuple[Target, ...] = ()
 
-    def document(self, workload: str, rounds: int) -> dict[str, Any]:
+    def document(self, workload: str) -> dict[str, Any]:
         """The JSON document of this outcome."""
-        ours = self.samples[OURS][self.metric]
+        samples = self.rounds.samples
+        ours = samples[OURS][self.metric]
         peers = {
             loader: metrics[self.metric]
-            for loader, metrics in self.samples.items()
+            for loader, metrics in samples.items()
             if loader not in (OURS, self.limit) and self.metric in metrics
         }
-        limit = median(self.samples[self.limit][self.metric]) if self.limit else None
+        limit = median(samples[self.limit][self.metric]) if self.limit else None
         return {
             "workload": workload,
-            "rounds": rounds,
+            "rounds": len(ours),
+            "disturbed_rounds": self.rounds.n_disturbed,
             "metric": self.metric,
-            "rows": {loader: self._row(metrics) for loader, metrics in self.samples.items()},
+            "rows": {loader: self._row(metrics) for loader, metrics in samples.items()},
             "ratios": {peer: _ratio(median(theirs), median(ours)) for peer, theirs in peers.items()},
             "ratios_of_minima": {peer: _ratio(min(theirs), min(ours)) for peer, theirs in peers.items()},
             "limit": limit,

@@ -13,7 +13,10 @@ def render(document: dict[str, Any], title: str) -> str:
     others = list(dict.fromkeys(name for row in document["rows"].values() for name in row if name != metric))
     header = ["", f"{_name(metric)} min", "median", "x fastload", *(_name(other) for other in others)]
     body = [_cells(document, loader, others) for loader in document["rows"]]
-    lines = [f"{document['workload']}: {title} ({document['rounds']} rounds)", *_aligned([header, *body])]
+    rounds = f"{document['rounds']} rounds"
+    if document["disturbed_rounds"]:
+        rounds += f", {document['disturbed_rounds']} of them while other processes ran"
+    lines = [f"{document['workload']}: {title} ({rounds})", *_aligned([header, *body])]
     if document["of_limit"] is not None:
         lines.append(f"  share of the limit: {document['of_limit']:.0%}")
     return "\n".join([*lines, *(_promise(target) for target in document["targets"])])

@@ -22,15 +22,15 @@ def _measure(rounds: int) -> Outcome:
     def timed(script: str) -> dict[str, float]:
         return {"seconds": seconds_of_process("-c", script)}
 
-    samples = interleave({name: partial(timed, script) for name, script in IMPORT_SCRIPTS.items()}, rounds)
+    measured = interleave({name: partial(timed, script) for name, script in IMPORT_SCRIPTS.items()}, rounds)
     beyond = at_most(
         "import beyond bare python",
         30,
         lambda value: (value("fastload", "seconds") - value("bare python", "seconds")) * 1e3,
-        samples,
+        measured.samples,
         unit="ms",
     )
-    return Outcome(samples=samples, metric="seconds", limit="bare python", targets=(beyond,))
+    return Outcome(rounds=measured, metric="seconds", limit="bare python", targets=(beyond,))
 
 
 IMPORT = Workload(

@@ -7,6 +7,7 @@ from suite.fingerprint import same_digest
 from suite.fresh import run_job
 from suite.loaders import BERT_LOADERS
 from suite.outcome import Outcome, Workload, at_least
+from suite.rounds import Rounds
 
 __all__ = ["BERT"]
 
@@ -17,15 +18,15 @@ def _measure(rounds: int) -> Outcome:
         warm_up(folder)
     result = run_job("load", str(rounds), *(f"{loader}={folder}" for loader, folder in folders.items()))
     same_digest(result["digests"])
-    samples = result["samples"]
+    measured = Rounds(result["samples"], result["n_disturbed"])
     target = at_least(
         "transformers / fastload",
         4,
         lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
-        samples,
+        measured.samples,
     )
     n_bytes = n_weight_bytes(folders["fastload"])
-    return Outcome(samples=samples, metric="seconds", n_bytes=n_bytes, targets=(target,))
+    return Outcome(rounds=measured, metric="seconds", n_bytes=n_bytes, targets=(target,))
 
 
 BERT = Workload(

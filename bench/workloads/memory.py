@@ -29,20 +29,20 @@ def _measure(rounds: int, dtype: str) -> Outcome:
 
         return run
 
-    samples = interleave({loader: job(loader) for loader in BERT_LOADERS}, rounds, warm_up_rounds=0)
+    measured = interleave({loader: job(loader) for loader in BERT_LOADERS}, rounds, warm_up_rounds=0)
     same_digest({loader: result["digest"] for loader, result in results.items()})
     targets = tuple(
         at_most(
             f"{loader}: growth beyond the cast's result",
             32,
             lambda value, loader=loader: value(loader, "beyond_cast_bytes") / 1e6,
-            samples,
+            measured.samples,
             unit="MB",
         )
         for loader in BERT_LOADERS
         if loader.startswith("fastload")
     )
-    return Outcome(samples=samples, metric="growth_bytes", targets=targets)
+    return Outcome(rounds=measured, metric="growth_bytes", targets=targets)
 
 
 SAME_TYPE = Workload(
