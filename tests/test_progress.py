@@ -13,36 +13,28 @@ from fastload import progress
 from fastload.progress import Progress
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> int:
-    """stderr becomes a terminal; what it shows can be read from the descriptor."""
+def shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> str:
+    """What a terminal shows while a load of 4,000 bytes has done n_bytes."""
     controller, terminal = pty.openpty()
-    monkeypatch.setattr(sys, "stderr", os.fdopen(terminal, "w"))
-    os.set_blocking(controller, False)
-    return controller
+    with os.fdopen(controller, "rb", buffering=0) as screen, os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress("model", 4000) as bar:
+            bar.advance(n_bytes)
+            stderr.write("|")
+            stderr.flush()
+            text = screen.read(10000).decode()
+    return text
 
 
-def shown(controller: int) -> str:
-    sys.stderr.flush()
-    try:
-        return os.read(controller, 10000).decode()
-    except BlockingIOError:
-        return ""
-
-
-def test_long_work_on_a_terminal_shows_a_bar(terminal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_work_on_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_SHOW_AFTER_S", -1.0)
-    with Progress("model", 4000) as bar:
-        bar.advance(1000)
-        text = shown(terminal)
+    text = shown_on_a_terminal(monkeypatch, 1000)
     assert "model" in text
     assert "25%" in text
 
 
-def test_short_work_shows_nothing(terminal: int) -> None:
-    with Progress("model", 4000) as bar:
-        bar.advance(4000)
-    assert shown(terminal) == ""
+def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown_on_a_terminal(monkeypatch, 4000) == "|"
 
 
 def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
