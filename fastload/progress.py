@@ -43,6 +43,7 @@ class Progress:
                 unit="B",
                 unit_scale=True,
                 leave=False,
+                file=sys.stderr,
             )
 
     def __enter__(self) -> Progress:
