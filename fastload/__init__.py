@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastload.checkpoint import Checkpoint as Checkpoint
     from fastload.checkpoint import open_checkpoint as open_checkpoint
+    from fastload.detaching import detach as detach
     from fastload.errors import FastloadError as FastloadError
     from fastload.loader import load_model as load_model
     from fastload.loader import load_state_dict as load_state_dict
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from fastload.models.bert_heads import BertForTokenClassification as BertForTokenClassification
     from fastload.models.bert_heads import BertLMHeadModel as BertLMHeadModel
     from fastload.models.config import PreTrainedConfig as PreTrainedConfig
+    from fastload.prefetching import Prefetch as Prefetch
+    from fastload.prefetching import prefetch as prefetch
     from fastload.reports import LoadReport as LoadReport
     from fastload.saver import SaveReport as SaveReport
     from fastload.saver import save_state_dict as save_state_dict
@@ -71,10 +74,13 @@ _HOMES = {
     "LoadReport": "fastload.reports",
     "PreTrainedConfig": "fastload.models.config",
     "PreTrainedModel": "fastload.models.base",
+    "Prefetch": "fastload.prefetching",
     "SaveReport": "fastload.saver",
+    "detach": "fastload.detaching",
     "load_model": "fastload.loader",
     "load_state_dict": "fastload.loader",
     "open_checkpoint": "fastload.checkpoint",
+    "prefetch": "fastload.prefetching",
     "report": "fastload.loader",
     "save_state_dict": "fastload.saver",
 }

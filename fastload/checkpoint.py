@@ -10,6 +10,7 @@ from fastload.errors import FormatError, IndexFileError
 from fastload.formats.detection import read_file
 from fastload.formats.specs import TensorSpec
 from fastload.options import FileOptions, HubOptions
+from fastload.prefetching import Prefetch, read_ahead
 from fastload.reports import collapse_keys
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
@@ -35,7 +36,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         aliases: names that were dropped when equal tensors were stored once -> the key that was kept. They are not
             keys of the mapping; `load_state_dict` gives them back.
         metadata: the text that safetensors files carry, of all files together.
-        notes: choices made when the files were looked for.
+        notes: choices made when the files were looked for, or are read ahead.
     """
 
     def __init__(self, files: CheckpointFiles) -> None:
@@ -88,6 +89,20 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
             file = self._open_files.setdefault(path, MappedFile(path, self._n_file_bytes[path]))
         return file
+
+    def read_ahead(self, *, in_file_order: bool = False) -> Prefetch | None:
+        """Read what is cold in the background, in the order in which a model will use it. None if all is warm.
+
+        What is done is added to the notes. Files that are being read ahead already are joined.
+        """
+        reading = read_ahead(self.files, () if in_file_order else self.specs.values())
+        if reading is not None:
+            self.notes = (*self.notes, reading.note)
+        return reading
+
+    def n_file_bytes(self, path: str) -> int:
+        """Size of one of the files when its header was read."""
+        return self._n_file_bytes[path]
 
     def _add(self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None) -> None:
         for spec in specs:

@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from fastload.checkpoint import Checkpoint, open_checkpoint
+from fastload.detaching import detach
 from fastload.dtypes import to_torch
 from fastload.errors import IncompleteModelError, OptionError
 from fastload.options import LoadOptions, parse_dtype
 from fastload.pauses import paused_collector
 from fastload.placement.cpu import place
 from fastload.placement.fused import place_fused
+from fastload.placement.network import read_from_network
 from fastload.plan.fusing import Fusion
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
@@ -59,8 +61,9 @@ def load_state_dict(
     options = LoadOptions(dtype=parse_dtype(dtype))
     with paused_collector():
         checkpoint = open_checkpoint(path, **where)
+        checkpoint.read_ahead(in_file_order=True)
         plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
-        tensors = place(plan, checkpoint.open_file)
+        tensors = place(*read_from_network(plan, checkpoint))
         tensors = {key: tensors[key] for key in checkpoint.specs}
     return tensors | {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
 
@@ -75,6 +78,7 @@ def load_model(
     ignore_mismatched_sizes: bool = False,
     key_mapping: Mapping[str, str] | None = None,
     fusions: Sequence[Fusion] = (),
+    detached: bool = False,
     **where: Any,
 ) -> LoadReport:
     """Fill any module from a checkpoint.
@@ -91,6 +95,7 @@ def load_model(
         ignore_mismatched_sizes: leave parameters alone whose shape differs (they must have memory).
         key_mapping: regular expression -> replacement for the files' keys.
         fusions: tensors of the module that the files keep in pieces, such as the experts of a layer.
+        detached: copy what would stand on the mapped files, so that they may be rewritten in place (see `detach`).
         where: which files, as for `open_checkpoint`.
 
     Raises:
@@ -104,10 +109,12 @@ def load_model(
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         key_mapping=key_mapping,
+        detached=detached,
     )
     with paused_collector():
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
+            checkpoint.read_ahead()
         rules = KeyRules(fusions=tuple(fusions))
         return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules)
 
@@ -144,13 +151,18 @@ def fill_module(
             raise _incomplete("the files do not have these parameters, and the module has no values for them", empty)
     with clock("place"):
         existing = _tensors_of(module) if any(not slot.on_meta for slot in slots.values()) else {}
-        tensors = place(plan, checkpoint.open_file, existing, title=os.path.basename(source) or source)
-        fused, n_remapped_bytes = place_fused(plan, checkpoint.open_file, existing)
+        plan, open_file = read_from_network(plan, checkpoint)
+        tensors = place(plan, open_file, existing, title=os.path.basename(source) or source)
+        fused, n_remapped_bytes = place_fused(plan, open_file, existing)
         tensors |= fused
     with clock("finish"):
         notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
-    after_bytes = private_bytes()
     bytes_by_action = _bytes_by_outcome(plan, n_remapped_bytes)
+    if options.detached:
+        with clock("detach"):
+            detach(module)
+        bytes_by_action = _all_copied(bytes_by_action)
+    after_bytes = private_bytes()
     result = LoadReport(
         source=source,
         files=checkpoint.files,
@@ -179,6 +191,12 @@ def _bytes_by_outcome(plan: LoadPlan, n_remapped_bytes: int) -> dict[str, int]:
         counts[Action.REMAP.value] = n_remapped_bytes
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + planned - n_remapped_bytes
     return counts
+
+
+def _all_copied(counts: dict[str, int]) -> dict[str, int]:
+    """Source bytes by what was done, after what stood on the files was given memory of its own."""
+    n_mapped_bytes = counts.pop(Action.MAP.value, 0) + counts.pop(Action.REMAP.value, 0)
+    return {Action.COPY.value: counts.pop(Action.COPY.value, 0) + n_mapped_bytes, **counts}
 
 
 def _left_empty(plan: LoadPlan, slots: Mapping[str, Slot]) -> list[str]:

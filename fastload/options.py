@@ -73,6 +73,7 @@ class LoadOptions:
         strict: raise on any missing, unexpected or mismatched key.
         ignore_mismatched_sizes: initialise parameters whose shape differs from the file's instead of raising.
         key_mapping: regular expression -> replacement, applied to the file's keys in order before all else.
+        detached: leave no tensor on a mapped file.
     """
 
     dtype: DType | None = None
@@ -80,6 +81,7 @@ class LoadOptions:
     strict: bool = False
     ignore_mismatched_sizes: bool = False
     key_mapping: Mapping[str, str] | None = None
+    detached: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not self.dtype.castable:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastload.errors import ConfigError
 from fastload.models import registry
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file, read_config_file
-from fastload.options import HubOptions, reject_unknown
+from fastload.options import FileOptions, HubOptions, reject_unknown
+from fastload.prefetching import read_ahead_early
 from fastload.sources.hub import pinned
 
 if TYPE_CHECKING:
@@ -31,8 +34,14 @@ __all__ = [
 ]
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_FILE_OPTIONS = ("variant", "subfolder", "use_safetensors")
 # Fields of a config that are options of loading first, and so are left to the model's from_pretrained.
 _LOAD_OPTIONS = ("dtype", "torch_dtype", "attn_implementation")
+
+
+def _read_ahead(path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    files = FileOptions(**{name: options[name] for name in _FILE_OPTIONS if name in options})
+    read_ahead_early(path, files, HubOptions(**{name: options[name] for name in _HUB_OPTIONS if name in options}))
 
 
 class _NeverBuilt:
@@ -143,6 +152,9 @@ class AutoModel(_NeverBuilt):
             # What is no field of the config may be an option of loading; the model's class tells.
             config, options = AutoConfig.from_pretrained(file, return_unused_kwargs=True, **options)
             options |= {**kept, "subfolder": subfolder}
+        if "torch" not in sys.modules:
+            # The import below takes seconds, in which a cold checkpoint can be read.
+            _read_ahead(path, options)
         found = cls._class_of(cast(PreTrainedConfig, config), os.fspath(path))
         return cast(Any, found).from_pretrained(path, *model_args, config=config, **options)
 

@@ -71,6 +71,7 @@ class PretrainedLoading:
         local_files_only: bool = False,
         force_download: bool = False,
         attn_implementation: str | None = None,
+        detached: bool = False,
         **config_fields: Any,
     ) -> Any:
         """Build the model from its config and fill it with trained weights.
@@ -96,6 +97,7 @@ class PretrainedLoading:
             use_safetensors: True for safetensors only, False for .bin only, None for safetensors first.
             revision, token, cache_dir, local_files_only, force_download: how a hub is asked (see HubOptions).
             attn_implementation: "sdpa" or "eager".
+            detached: copy what would stand on the mapped files, so that they may be rewritten in place (see `detach`).
             config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
                 constructor.
 
@@ -118,6 +120,7 @@ class PretrainedLoading:
                 config, found = cls._resolve(path, config, files, hub, config_fields)
             with clock("open"):
                 checkpoint = Checkpoint(found)
+                checkpoint.read_ahead()
                 config.dtype = _choose_dtype(dtype if torch_dtype is None else torch_dtype, config, checkpoint)
                 config.attn_implementation = attn_implementation or config.attn_implementation
             with clock("skeleton"):
@@ -130,6 +133,7 @@ class PretrainedLoading:
                 strict=strict,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 key_mapping=key_mapping,
+                detached=detached,
             )
             report = fill_module(
                 model,

@@ -15,7 +15,7 @@ __all__ = ["decode"]
 _CHUNK_BYTES = 1 << 20
 
 
-def decode(source: mmap.mmap, region: Region, destination: memoryview) -> None:
+def decode(source: mmap.mmap | bytearray, region: Region, destination: memoryview) -> None:
     """Write the decoded bytes of a region to destination, which has exactly region.n_bytes.
 
     Decompression stops at that length whatever the stream claims, so a small file cannot ask for unbounded memory.

@@ -1,0 +1,65 @@
+"""What is not left to page faults: cold files of network file systems are read, in parallel, and not mapped.
+
+A file of a network file system that is wholly cached is mapped as any other: its pages are there, cost nothing, and
+are shared by all processes that load it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from fastload.checkpoint import Checkpoint
+from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
+from fastload.prefetching import stop_reading
+from fastload.storage.mapping import MappedFile
+from fastload.storage.reading import ReadFile
+from fastload.storage.residency import file_system, residency
+
+__all__ = ["read_from_network"]
+
+
+def read_from_network(plan: LoadPlan, checkpoint: Checkpoint) -> tuple[LoadPlan, Callable[[str], MappedFile]]:
+    """The plan and the way to open its files, with cold files of network file systems read now instead of mapped.
+
+    Nothing changes for all others. What is being read ahead of such a file is stopped: the load reads it itself, and
+    finds in the page cache what was read before.
+    """
+    reasons = {file: reason for file in checkpoint.files if (reason := _why_read(file))}
+    if not reasons:
+        return plan, checkpoint.open_file
+    stop_reading(reasons)
+    files = {file: ReadFile(file, checkpoint.n_file_bytes(file)) for file in reasons}
+    for path, opened in files.items():
+        opened.fill(row.spec for row in plan.rows if row.action is Action.MAP and row.spec.region.file == path)
+    rows = tuple(_read_row(row, reasons) for row in plan.rows)
+    fused = tuple(_read_fused_row(row, reasons) for row in plan.fused)
+    return replace(plan, rows=rows, fused=fused), lambda path: files.get(path) or checkpoint.open_file(path)
+
+
+def _read_row(row: PlanRow, reasons: Mapping[str, str]) -> PlanRow:
+    reason = reasons.get(row.spec.region.file)
+    return row if row.action is not Action.MAP or reason is None else row._replace(action=Action.COPY, reason=reason)
+
+
+def _read_fused_row(row: FusedRow, reasons: Mapping[str, str]) -> FusedRow:
+    found = [reasons[piece.spec.region.file] for piece in row.spec.pieces if piece.spec.region.file in reasons]
+    return row if row.action is not Action.REMAP or not found else row._replace(action=Action.GATHER, reason=found[0])
+
+
+def _why_read(file: str) -> str:
+    """Why a file should be read and not mapped; "" if it should be mapped."""
+    kind = file_system(file)
+    if not kind.is_network:
+        return ""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        if residency(descriptor).is_warm:
+            return ""
+    finally:
+        os.close(descriptor)
+    return f"cold, and on {kind.name}: read in parallel, as page faults would wait for the network one by one"

@@ -1,0 +1,157 @@
+"""Files whose tensors are read into memory of their own, instead of standing on a mapping.
+
+For file systems where a page fault is dear, because it asks a server for little at a time and waits: here many large
+reads are under way at once. The tensors cannot be pulled from under the process either, as the pages of a mapping can
+(SIGBUS) when the server goes away.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from fastload.dtypes import to_torch
+from fastload.errors import TruncatedFileError, UnreadableFileError
+from fastload.formats.specs import Region, TensorSpec
+from fastload.storage.decoding import decode
+from fastload.storage.mapping import MappedFile
+
+__all__ = ["ReadFile"]
+
+_READ_BYTES = 4 << 20
+_N_READERS = 8
+
+
+class _Read(NamedTuple):
+    """Bytes to be read: where they are in the file, and where they go."""
+
+    offset_bytes: int
+    destination: memoryview
+
+
+class ReadFile(MappedFile):
+    """One file; makes tensors of its regions that own their memory. Safe to be used by several threads.
+
+    Args:
+        path: the file.
+        n_file_bytes: its size when its header was read. A file that has become shorter since is an error.
+    """
+
+    def __init__(self, path: str, n_file_bytes: int) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UnreadableFileError(
+                "a weight file cannot be opened",
+                file=path,
+                found=error.strerror,
+                fix="check that it exists and may be read",
+            ) from error
+        weakref.finalize(self, os.close, self._descriptor)
+        size = os.fstat(self._descriptor).st_size
+        if size < n_file_bytes:
+            raise self._cut(n_file_bytes, size)
+        self._held: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """The tensor of a spec, read now unless `fill` has. Raises UnreadableFileError, TruncatedFileError."""
+        at = _place(spec)
+        storage = self._held.get(at)
+        if storage is None:
+            storage = self._read_storages([spec])[at]
+            with self._lock:
+                storage = self._held.setdefault(at, storage)
+        if spec.view is not None:
+            return storage.as_strided(spec.shape, spec.view.stride, spec.view.offset)
+        return storage.view(spec.shape)
+
+    def tensors(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+        """The tensors of specs, read together."""
+        self.fill(specs)
+        return [self.tensor(spec) for spec in specs]
+
+    def fill(self, specs: Iterable[TensorSpec]) -> None:
+        """Read the storages of many tensors at once, those that lie first in the file first. Raises as `tensor`."""
+        missing = [spec for spec in specs if _place(spec) not in self._held]
+        self._held |= self._read_storages(sorted(missing, key=lambda spec: spec.region[:2]))
+
+    def release(self, region: Region) -> None:
+        """Let go of a region; its memory is freed with the last tensor made of it."""
+        with self._lock:
+            for at in [at for at in self._held if at[0] == region.offset_bytes]:
+                del self._held[at]
+
+    def _read_storages(self, specs: Iterable[TensorSpec]) -> dict[tuple[int, int, torch.dtype], torch.Tensor]:
+        storages: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        reads: list[_Read] = []
+        encoded: list[tuple[TensorSpec, bytearray]] = []
+        for spec in specs:
+            at = offset, n_bytes, dtype = _place(spec)
+            if at in storages:
+                continue
+            storages[at] = torch.empty(n_bytes // spec.dtype.itemsize, dtype=dtype, device="cpu")
+            if not n_bytes:
+                continue
+            if spec.region.encoding is None:
+                reads.append(_Read(offset, _bytes_of(storages[at])))
+            else:
+                raw = bytearray(spec.region.encoding.n_bytes)
+                reads.append(_Read(offset, memoryview(raw)))
+                encoded.append((spec, raw))
+        self._read(reads)
+        for spec, raw in encoded:
+            decode(raw, spec.region._replace(offset_bytes=0), _bytes_of(storages[_place(spec)]))
+        return storages
+
+    def _read(self, reads: list[_Read]) -> None:
+        pieces = [
+            _Read(offset + begin, destination[begin : begin + _READ_BYTES])
+            for offset, destination in reads
+            for begin in range(0, len(destination), _READ_BYTES)
+        ]
+        if len(pieces) < 2:
+            for piece in pieces:
+                self._read_piece(piece)
+            return
+        with ThreadPoolExecutor(min(_N_READERS, len(pieces)), "fastload-read") as readers:
+            # Joining the results raises what a reader raised.
+            list(readers.map(self._read_piece, pieces))
+
+    def _read_piece(self, piece: _Read) -> None:
+        offset, destination = piece
+        while len(destination):
+            try:
+                n = os.preadv(self._descriptor, [destination], offset)
+            except OSError as error:
+                raise UnreadableFileError(
+                    "a weight file cannot be read", file=self.path, found=error.strerror
+                ) from error
+            if n == 0:
+                raise self._cut(offset + len(destination), offset)
+            offset, destination = offset + n, destination[n:]
+
+    def _cut(self, expected: int, found: int) -> TruncatedFileError:
+        return TruncatedFileError(
+            "a weight file was cut after its header was read",
+            file=self.path,
+            expected=f"{expected} bytes",
+            found=f"{found} bytes",
+            fix="wait until whoever writes it is done, then load again",
+        )
+
+
+def _place(spec: TensorSpec) -> tuple[int, int, torch.dtype]:
+    return spec.region.offset_bytes, spec.region.n_bytes, to_torch(spec.dtype)
+
+
+def _bytes_of(storage: torch.Tensor) -> memoryview:
+    data: memoryview = storage.view(torch.uint8).numpy().data
+    return data
