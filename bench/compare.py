@@ -19,6 +19,7 @@ from suite.fingerprint import ResultsDifferError
 from suite.fresh import JobFailedError
 from suite.outcome import Workload
 from suite.page import update_page
+from suite.plotting import MissingMatplotlibError, plot
 from suite.table import render
 from workloads import WORKLOADS
 
@@ -42,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(_as_json(document) + "\n")
             update_page(PAGE, RESULTS, WORKLOADS.values())
+    if options.plot:
+        try:
+            plot(documents, options.plot)
+        except MissingMatplotlibError as error:
+            print(error, file=sys.stderr)
+            return 1
     print(_as_json(documents[0] if len(documents) == 1 else documents))
     return 0
 
@@ -59,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save", action="store_true", help="keep the documents in bench/results/, the tables in README.md"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the documents of this run")
     return parser
 
 

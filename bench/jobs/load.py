@@ -1,45 +1,52 @@
-"""Loads in one process, side by side: ``load.py ROUNDS LOADER=FOLDER...``.
+"""Loads in one process, side by side: ``load.py REQUEST``, a JSON object.
+
+    {"rounds": 7, "forward": true, "runs": {ROW: [FAMILY, LOADER, FOLDER], ...}}
 
 Every loader loads once before the first round, so that its imports and caches are there: what is measured is a second
-load. After each load comes a forward, since what a mapping spares the load it may cost the first use.
+load. After each load comes a forward, if asked for, since what a mapping spares the load it may cost the first use.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-import torch
-from suite.fingerprint import fingerprint
+from suite.fingerprint import fingerprint_of
 from suite.fresh import finish
-from suite.loaders import BERT_LOADERS
+from suite.registry import LOADERS, forward
 from suite.rounds import interleave
 
 
-def main(rounds: int, folders: dict[str, Path]) -> None:
+def main(request: dict[str, Any]) -> None:
     """Load in turns, then load once more with each and take fingerprints."""
-    runs = {loader: partial(_timed, loader, folder) for loader, folder in folders.items()}
-    measured = interleave(runs, rounds)
-    digests = {
-        loader: fingerprint(BERT_LOADERS[loader].load(folder).state_dict()) for loader, folder in folders.items()
+    runs = {
+        row: partial(LOADERS[family][loader].load, Path(folder))
+        for row, (family, loader, folder) in request["runs"].items()
     }
+    with_forward = request.get("forward", False)
+    measured = interleave({row: partial(_timed, load, with_forward) for row, load in runs.items()}, request["rounds"])
+    digests = {}
+    for row, load in runs.items():
+        gc.collect()
+        digests[row] = fingerprint_of(load())
     finish(samples=measured.samples, n_disturbed=measured.n_disturbed, digests=digests)
 
 
-def _timed(loader: str, folder: Path) -> dict[str, float]:
-    load = BERT_LOADERS[loader].load
-    ids = torch.arange(1000, 1032).unsqueeze(0)
+def _timed(load: Any, with_forward: bool) -> dict[str, float]:
     gc.collect()
     begun = perf_counter()
-    model = load(folder)
-    at_model = perf_counter()
-    with torch.inference_mode():
-        model(ids)
+    result = load()
+    at_result = perf_counter()
+    if not with_forward:
+        return {"seconds": at_result - begun}
+    forward(result)
     at_output = perf_counter()
-    return {"seconds": at_model - begun, "forward_s": at_output - at_model, "load_forward_s": at_output - begun}
+    return {"seconds": at_result - begun, "forward_s": at_output - at_result, "load_forward_s": at_output - begun}
 
 
-main(int(sys.argv[1]), {loader: Path(folder) for loader, _, folder in (arg.partition("=") for arg in sys.argv[2:])})
+main(json.loads(sys.argv[1]))

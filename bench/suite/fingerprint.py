@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ResultsDifferError", "fingerprint", "same_digest", "same_output"]
+__all__ = ["ResultsDifferError", "fingerprint", "fingerprint_of", "same_digest", "same_output"]
 
 OUTPUT_TOLERANCE = 1e-5
 
@@ -31,6 +31,11 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fingerprint_of(result: Any) -> str:
+    """The fingerprint of what a loader returned: a module, or a dict of tensors."""
+    return fingerprint(result if isinstance(result, dict) else result.state_dict())
 
 
 def same_digest(digests: Mapping[str, str]) -> None:

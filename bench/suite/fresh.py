@@ -16,7 +16,10 @@ _BENCH = Path(__file__).resolve().parents[1]
 _STARTED = "FASTLOAD_BENCH_STARTED"
 _SETTINGS = {
     # The fastload that is measured is the one that these benchmarks lie beside, whatever else is installed.
-    "PYTHONPATH": os.pathsep.join([str(_BENCH.parent), str(_BENCH)]),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(_BENCH.parent), str(_BENCH), os.environ.get("PYTHONPATH")])),
+    # Bytecode is kept, as it is for a user, even where this process was told not to: its own code compiled anew in
+    # every process would be charged to the loader. (An empty value is as none.)
+    "PYTHONDONTWRITEBYTECODE": "",
     # Local folders only, and no progress bars: it spares every loader what has nothing to do with loading.
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

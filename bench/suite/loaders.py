@@ -21,11 +21,12 @@ __all__ = ["BERT_LOADERS", "Loader"]
 class Loader:
     """One way to load, and the format of the files that it loads.
 
-    ``load`` takes the folder and, as an option, the dtype to convert to.
+    ``load`` takes the folder and, as an option, the dtype to convert to. ``needs`` is the optional package that it is.
     """
 
     file_format: str
     load: Callable[..., Any]
+    needs: str = ""
 
 
 def _fastload(folder: Path, dtype: torch.dtype | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -60,6 +60,7 @@ class Outcome:
         rounds: what was measured. ``fastload`` is among the loaders.
         metric: the metric that ratios are of; less is better.
         limit: the loader that does only what cannot be spared, if the workload has one.
+        not_peers: rows that fastload's own row is not to be compared with.
         n_bytes: bytes that a load brings, for GB/s, where the metric is seconds.
         targets: what was promised.
     """
@@ -67,6 +68,7 @@ class Outcome:
     rounds: Rounds
     metric: str
     limit: str | None = None
+    not_peers: Collection[str] = ()
     n_bytes: int | None = None
     targets: tuple[Target, ...] = ()
 
@@ -77,7 +79,7 @@ class Outcome:
         peers = {
             loader: metrics[self.metric]
             for loader, metrics in samples.items()
-            if loader not in (OURS, self.limit) and self.metric in metrics
+            if loader not in (OURS, self.limit, *self.not_peers) and self.metric in metrics
         }
         limit = median(samples[self.limit][self.metric]) if self.limit else None
         return {

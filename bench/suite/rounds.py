@@ -16,7 +16,6 @@ Samples = dict[str, dict[str, list[float]]]
 
 # A round counts as disturbed when others used more than this share of one core while it ran.
 _DISTURBED_SHARE = 0.05
-_ATTEMPTS_PER_ROUND = 3
 _PAUSE_S = 1.0
 
 
@@ -34,17 +33,22 @@ class Rounds:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, *, warm_up_rounds: int = 1
+    runs: Mapping[str, Callable[[], Mapping[str, float]]],
+    rounds: int,
+    *,
+    warm_up_rounds: int = 1,
+    attempts_per_round: int = 3,
 ) -> Rounds:
     """Run every loader in every round, beginning each round with another one. Warm-up rounds are not kept.
 
-    A round in which other processes were at work is measured again, for up to three times as many attempts as rounds
-    in all; what it measured plays no part in that. Where there are too few quiet rounds, the least disturbed fill up.
+    A round in which other processes were at work is measured again, for up to ``attempts_per_round`` times as many
+    attempts as rounds in all; what it measured plays no part in that. Where there are too few quiet rounds, the least
+    disturbed fill up.
     """
     order = list(runs)
     quiet: list[dict[str, Mapping[str, float]]] = []
     disturbed: list[tuple[float, dict[str, Mapping[str, float]]]] = []
-    for attempt in range(-warm_up_rounds, rounds * _ATTEMPTS_PER_ROUND):
+    for attempt in range(-warm_up_rounds, rounds * attempts_per_round):
         if len(quiet) == rounds:
             break
         _show_progress(f"round {len(quiet) + 1}/{rounds}" if attempt >= 0 else "warming up")

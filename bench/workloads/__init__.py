@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from suite.outcome import Workload
 
-from workloads import first_output, imports, load, memory
+from workloads import first_output, formats, imports, load, memory, whole
 
 __all__ = ["WORKLOADS"]
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
-    for workload in (imports.IMPORT, first_output.BERT, load.BERT, memory.SAME_TYPE, memory.CAST)
+    for workload in (
+        imports.IMPORT,
+        first_output.BERT,
+        load.BERT,
+        load.LLAMA,
+        memory.SAME_TYPE,
+        memory.CAST,
+        whole.MOE,
+        whole.CAST,
+        formats.BIN,
+        formats.MANY,
+    )
 }

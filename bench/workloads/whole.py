@@ -1,0 +1,107 @@
+"""Loads that have to change or rearrange bytes, each in a fresh process: fused experts, casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from suite.checkpoints import llama_1b, moe, n_weight_bytes, warm_up
+from suite.fingerprint import same_digest
+from suite.fresh import run_job
+from suite.outcome import Outcome, Workload, at_least, at_most
+from suite.rounds import Rounds, interleave
+
+__all__ = ["CAST", "MOE"]
+
+Results = dict[str, dict[str, Any]]
+
+
+def _job(results: Results, row: str, *command: str) -> Callable[[], dict[str, float]]:
+    def run() -> dict[str, float]:
+        results[row] = run_job(*command)
+        metrics: dict[str, float] = results[row]["metrics"]
+        return metrics
+
+    return run
+
+
+def _in_turns(
+    family: str, make: Callable[..., Path], loaders: tuple[str, ...], dtype: str, rounds: int, n_limit_bytes: int = 0
+) -> Rounds:
+    """All loaders, and if asked for the bare way to write so many pages. Their results must be the same."""
+    folder, tiny = make(), make(tiny=True)
+    warm_up(folder)
+    results: Results = {}
+    runs = {
+        loader: _job(results, loader, "load_once", family, loader, str(folder), str(tiny), dtype) for loader in loaders
+    }
+    if n_limit_bytes:
+        runs["fresh pages"] = _job({}, "fresh pages", "fresh_pages", str(n_limit_bytes))
+    # A round takes a minute: one that was disturbed is kept rather than measured again.
+    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
+    same_digest({loader: result["digest"] for loader, result in results.items()})
+    return measured
+
+
+def _measure_moe(rounds: int) -> Outcome:
+    measured = _in_turns("moe", moe, ("fastload", "transformers", "safetensors"), "same", rounds)
+    n_bytes = n_weight_bytes(moe())
+    targets = (
+        at_least(
+            "transformers / fastload",
+            12,
+            lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
+            measured.samples,
+        ),
+        at_most(
+            "private memory / weights",
+            5,
+            lambda value: value("fastload", "growth_bytes") / n_bytes * 100,
+            measured.samples,
+            unit="%",
+        ),
+    )
+    return Outcome(rounds=measured, metric="seconds", n_bytes=n_bytes, targets=targets)
+
+
+def _measure_cast(rounds: int) -> Outcome:
+    n_cast_bytes = 2 * n_weight_bytes(llama_1b())
+    loaders = ("fastload", "transformers", "accelerate", "safetensors")
+    measured = _in_turns("llama", llama_1b, loaders, "float32", rounds, n_cast_bytes)
+    targets = (
+        at_least(
+            "transformers / fastload",
+            1.3,
+            lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
+            measured.samples,
+        ),
+        at_most(
+            "fastload / fresh pages",
+            1.1,
+            lambda value: value("fastload", "seconds") / value("fresh pages", "seconds"),
+            measured.samples,
+        ),
+        at_most(
+            "peak private memory beyond the result",
+            128,
+            lambda value: (value("fastload", "peak_growth_bytes") - n_cast_bytes) / 1e6,
+            measured.samples,
+            unit="MB",
+        ),
+    )
+    return Outcome(rounds=measured, metric="seconds", limit="fresh pages", n_bytes=n_cast_bytes, targets=targets)
+
+
+MOE = Workload(
+    name="moe",
+    title="Qwen3-MoE, 24 layers x 128 experts in bf16, 9,435 tensors to be fused, files in the page cache",
+    measure=_measure_moe,
+    rounds=3,
+)
+CAST = Workload(
+    name="cast",
+    title="Llama 1.1B, bf16 files to an fp32 model, files in the page cache",
+    measure=_measure_cast,
+    rounds=5,
+)
