@@ -150,7 +150,7 @@ def fill_module(
         if initialise is None and empty:
             raise _incomplete("the files do not have these parameters, and the module has no values for them", empty)
     with clock("place"):
-        existing = _tensors_of(module) if any(not slot.on_meta for slot in slots.values()) else {}
+        existing = _tensors_of(module) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
         plan, open_file = read_from_network(plan, checkpoint)
         tensors = place(plan, open_file, existing, title=os.path.basename(source) or source)
         fused, n_remapped_bytes = place_fused(plan, open_file, existing)

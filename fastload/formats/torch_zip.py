@@ -37,7 +37,8 @@ _ENCRYPTED_OR_PATCHED: Final = 0x2061  # flag bits 0, 5, 6 and 13
 _SIZES_FOLLOW: Final = 0x0008  # sizes of the local header are zero, and given after the data
 _STORED, _DEFLATED = 0, 8
 _ZIP64: Final = 0xFFFFFFFF
-_WINDOW_BYTES: Final = 256 << 10
+# A window doubles while small entries go on: a lone bias between matrices does not cost a long read.
+_SMALLEST_WINDOW_BYTES, _LARGEST_WINDOW_BYTES = 4 << 10, 256 << 10
 _DENSE_BYTES: Final = 16 << 10
 _new: Final = tuple.__new__
 
@@ -106,7 +107,7 @@ class Directory:
         return self._data_offsets(zip(self.rows.values(), self.limits, strict=True), prefix)
 
     def _data_offsets(self, rows: Iterable[tuple[_Row, int]], prefix: bytes) -> dict[bytes, int]:
-        source, window, window_offset = self.source, b"", 0
+        source, window, window_offset, n_window = self.source, b"", 0, _SMALLEST_WINDOW_BYTES
         unpack, header_size = _LOCAL.unpack_from, _LOCAL.size
         found = {}
         for (header, name, method, _, n_encoded, n_decoded), limit in rows:
@@ -120,7 +121,10 @@ class Directory:
                 # One read for many small entries; nothing but the header where the data is large.
                 n_bytes = n_header
                 if limit - header < _DENSE_BYTES:
-                    n_bytes = max(n_bytes, min(_WINDOW_BYTES, source.n_bytes - header))
+                    n_bytes = max(n_bytes, min(n_window, source.n_bytes - header))
+                    n_window = min(2 * n_window, _LARGEST_WINDOW_BYTES)
+                else:
+                    n_window = _SMALLEST_WINDOW_BYTES
                 window, window_offset, pos = source.read(header, n_bytes), header, 0
             fields = unpack(window, pos)
             signature, flags, local_method, _, n_local_encoded, n_local_decoded, n_name, n_extra = fields

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from torch import nn
 
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import to_torch
@@ -22,14 +23,13 @@ from fastload.options import FileOptions, HubOptions, LoadOptions, parse_dtype, 
 from fastload.pauses import paused_collector
 from fastload.placement.device_map import DeviceMapArgument, dispatch, resolve_device_map
 from fastload.plan.keys import KeyRules
+from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.sources.hub import pinned
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fastload.saver import SaveReport
 
 __all__ = ["PretrainedLoading"]
@@ -145,7 +145,7 @@ class PretrainedLoading:
                 initialise=model.init_parameter,
             )
             with clock("finish"):
-                model.eval()
+                _set_eval(model)
         model.name_or_path = config.name_or_path = os.fspath(path)
         if device_map is not None:
             model.hf_device_map = devices
@@ -198,7 +198,7 @@ class PretrainedLoading:
 
     def _tied_names(self) -> dict[str, str]:
         """Names that hold the same parameter as another -> that other, as far as they are tied at this moment."""
-        parameters = dict(cast("nn.Module", self).named_parameters(remove_duplicate=False))
+        parameters = dict(cast(nn.Module, self).named_parameters(remove_duplicate=False))
         declared = self._tied_weights_keys or {}
         return {tied: kept for tied, kept in declared.items() if parameters.get(tied) is parameters.get(kept)}
 
@@ -264,6 +264,16 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, che
             found=chosen.torch_name,
         )
     return to_torch(chosen)
+
+
+def _set_eval(model: nn.Module) -> None:
+    """``model.eval()``, which takes as long as placing the weights of a small model when it goes through `train`."""
+    modules = list(walk_modules(model).values())
+    if any(type(module).train is not nn.Module.train for module in modules):
+        model.eval()
+        return
+    for module in modules:
+        module.__dict__["training"] = False
 
 
 def _loading_info(report: LoadReport) -> dict[str, Any]:
