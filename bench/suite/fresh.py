@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-__all__ = ["JobFailedError", "finish", "run_job", "seconds_of_process", "started"]
+__all__ = ["JobFailedError", "Worker", "finish", "run_job", "seconds_of_process", "started"]
 
 _BENCH = Path(__file__).resolve().parents[1]
 _STARTED = "FASTLOAD_BENCH_STARTED"
@@ -45,6 +45,35 @@ def run_job(job: str, *arguments: str) -> dict[str, Any]:
         raise JobFailedError(f"{job} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     result: dict[str, Any] = json.loads(lines[-1])
     return result
+
+
+class Worker:
+    """A job that goes on step by step: it says something, a line of JSON, and waits until it is told to go on."""
+
+    def __init__(self, job: str, *arguments: str) -> None:
+        command = [sys.executable, str(_BENCH / "jobs" / f"{job}.py"), *arguments]
+        self._process = subprocess.Popen(
+            command, env=os.environ | _SETTINGS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+
+    def heard(self) -> Any:
+        """What the job says next."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise JobFailedError(f"a worker ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def go_on(self) -> None:
+        """Let it take the next step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def end(self) -> None:
+        """Its input ends, and so does it."""
+        self._process.communicate()
 
 
 def started() -> float:

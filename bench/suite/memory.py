@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-__all__ = ["PrivatePeak", "peak_resident_bytes", "private_bytes"]
+__all__ = ["PrivatePeak", "peak_resident_bytes", "private_bytes", "proportional_bytes"]
 
 
 def private_bytes() -> int:
@@ -16,6 +16,15 @@ def private_bytes() -> int:
 def peak_resident_bytes() -> int:
     """The most resident memory that this process has had, pages of mapped files among it."""
     return _status_bytes("VmHWM:")
+
+
+def proportional_bytes(pid: int) -> int:
+    """A process's proportional share (PSS): a page that n processes have in memory counts as an nth of a page."""
+    with open(f"/proc/{pid}/smaps_rollup") as rollup:
+        for line in rollup:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("the kernel does not report Pss")
 
 
 class PrivatePeak:

@@ -47,6 +47,8 @@ def _value(metric: str, value: float) -> str:
         return f"{value / 1e6:.1f} MB"
     if metric == "gb_per_s":
         return f"{value:.1f} GB/s"
+    if metric == "workers":
+        return f"{value:.0f}"
     if metric.startswith("us_"):
         return f"{value:.2f} us"
     return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.1f} ms"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from suite.outcome import Workload
 
-from workloads import first_output, formats, imports, load, memory, whole
+from workloads import cold, first_output, formats, imports, load, memory, saving, whole, workers
 
 __all__ = ["WORKLOADS"]
 
@@ -21,5 +21,8 @@ WORKLOADS: dict[str, Workload] = {
         whole.CAST,
         formats.BIN,
         formats.MANY,
+        workers.WORKERS,
+        cold.FIRST_FORWARD,
+        saving.SAVE,
     )
 }
