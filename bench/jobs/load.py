@@ -1,6 +1,6 @@
 """Loads in one process, side by side: ``load.py REQUEST``, a JSON object.
 
-    {"rounds": 7, "forward": true, "runs": {ROW: [FAMILY, LOADER, FOLDER], ...}}
+    {"rounds": 7, "attempts": 2, "forward": true, "runs": {ROW: [FAMILY, LOADER, FOLDER], ...}}
 
 Every loader loads once before the first round, so that its imports and caches are there: what is measured is a second
 load. After each load comes a forward, if asked for, since what a mapping spares the load it may cost the first use.
@@ -29,7 +29,11 @@ def main(request: dict[str, Any]) -> None:
         for row, (family, loader, folder) in request["runs"].items()
     }
     with_forward = request.get("forward", False)
-    measured = interleave({row: partial(_timed, load, with_forward) for row, load in runs.items()}, request["rounds"])
+    measured = interleave(
+        {row: partial(_timed, load, with_forward) for row, load in runs.items()},
+        request["rounds"],
+        attempts_per_round=request["attempts"],
+    )
     digests = {}
     for row, load in runs.items():
         gc.collect()

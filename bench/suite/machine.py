@@ -11,7 +11,17 @@ from typing import Any
 
 __all__ = ["describe_machine"]
 
-_PACKAGES = ("fastload", "torch", "transformers", "safetensors", "accelerate", "numpy")
+_PACKAGES = (
+    "fastload",
+    "torch",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "numpy",
+    "fastsafetensors",
+    "runai-model-streamer",
+    "tensorizer",
+)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -37,7 +37,7 @@ def tensorizer_write(model: Any, file: Path) -> None:
     from tensorizer import TensorSerializer
 
     serializer = TensorSerializer(str(file))
-    serializer.write_module(model)
+    serializer.write_module(model, include_non_persistent_buffers=False)
     serializer.close()
 
 

@@ -21,11 +21,11 @@ Run = tuple[str, str, Path]
 """Family, loader and folder."""
 
 
-def in_process(runs: Mapping[str, Run], rounds: int, *, forward: bool = False) -> Rounds:
+def in_process(runs: Mapping[str, Run], rounds: int, *, forward: bool = False, attempts: int = 2) -> Rounds:
     """Second loads of all rows, in turns in one process. Rows of one family must give the same bytes."""
     for _, _, folder in runs.values():
         warm_up(folder)
-    request: dict[str, Any] = {"rounds": rounds, "forward": forward}
+    request: dict[str, Any] = {"rounds": rounds, "attempts": attempts, "forward": forward}
     request["runs"] = {row: (family, loader, str(folder)) for row, (family, loader, folder) in runs.items()}
     result = run_job("load", json.dumps(request))
     contents: dict[str, dict[str, str]] = {}
@@ -41,7 +41,7 @@ def in_process(runs: Mapping[str, Run], rounds: int, *, forward: bool = False) -
 def _measure(rounds: int, family: str, make: Callable[[str], Path]) -> Outcome:
     runs = {name: (family, name, make(how.file_format)) for name, how in available(LOADERS[family]).items()}
     # A forward of the Llama takes seconds: `first-forward-cold` has it.
-    measured = in_process(runs, rounds, forward=family == "bert")
+    measured = in_process(runs, rounds, forward=family == "bert", attempts=3 if family == "bert" else 2)
     target = at_least(
         "transformers / fastload",
         6,
