@@ -7,9 +7,9 @@ of operations are those of the weight converters in transformers, so that its ta
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -113,18 +113,21 @@ def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[di
     """
     rest: dict[str, TensorSpec] = {}
     groups: dict[str, tuple[Fusion, dict[int, dict[int, TensorSpec]]]] = {}
-    matchers = [(number, fusion, _matcher(fusion)) for number, fusion in enumerate(fusions)]
+    patterns = [
+        (fusion, index, *source.partition("*")) for fusion in fusions for index, source in enumerate(fusion.sources)
+    ]
+    endings = tuple(tail if star else head for _, _, head, star, tail in patterns)
     for key, spec in specs.items():
-        for _, fusion, matcher in matchers:
-            match = matcher.search(key)
-            if match is None:
-                continue
-            source = next(index for index in range(len(fusion.sources)) if match[f"s{index}"] is not None)
-            position = match[f"n{source}"] if "*" in fusion.sources[source] else None
-            name = key[: match.start()] + fusion.target
-            _, members = groups.setdefault(name, (fusion, {}))
-            members.setdefault(source, {})[int(position or 0)] = spec
-            break
+        if not key.endswith(endings):
+            rest[key] = spec
+            continue
+        for fusion, index, head, star, tail in patterns:
+            place = _place_of(key, head, star, tail)
+            if place is not None:
+                prefix, number = place
+                _, members = groups.setdefault(prefix + fusion.target, (fusion, {}))
+                members.setdefault(index, {})[number] = spec
+                break
         else:
             rest[key] = spec
     problems: list[str] = []
@@ -139,23 +142,31 @@ def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[di
     return rest, [spec for spec in fused if spec is not None]
 
 
-def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
+@cache
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor, in elements."""
     strides: list[int] = []
     step = 1
-    for size in reversed(tuple(shape)):
+    for size in reversed(shape):
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
 
 
-def _matcher(fusion: Fusion) -> re.Pattern[str]:
-    """One pattern for all sources: group s0, s1.. tells which, n0, n1.. the number that ``*`` stands for."""
-    alternatives = []
-    for index, source in enumerate(fusion.sources):
-        pattern = re.escape(source).replace(r"\*", rf"(?P<n{index}>\d+)", 1)
-        alternatives.append(f"(?P<s{index}>{pattern})")
-    return re.compile(rf"(?<![^.])(?:{'|'.join(alternatives)})$")
+def _place_of(key: str, head: str, star: str, tail: str) -> tuple[str, int] | None:
+    """What stands before a source in a key, and the number that its ``*`` is; None where the key is another's."""
+    number = "0"
+    if star:
+        if not key.endswith(tail):
+            return None
+        key, dot, number = key[: len(key) - len(tail)].rpartition(".")
+        key += dot
+        if not (number.isascii() and number.isdigit()) or (number[0] == "0" and number != "0"):
+            return None
+    prefix = key.removesuffix(head)
+    if len(prefix) + len(head) != len(key) or not (prefix.endswith(".") or not prefix):
+        return None
+    return prefix, int(number)
 
 
 def _assemble(
@@ -208,7 +219,7 @@ def _layout(
     whole = list(shapes[0])
     if joint is not None:
         whole[joint.dim] = sum(shape[joint.dim] for shape in shapes)
-    strides = contiguous_stride(whole)
+    strides = contiguous_stride(tuple(whole))
     stacked_dim = None if stack is None else stack.dim % len(whole)
     pieces: list[Piece] = []
     begin = 0
