@@ -105,6 +105,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self._n_file_bytes[path]
 
     def _add(self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None) -> None:
+        new = {spec.key: spec for spec in specs}
+        if len(new) == len(specs) and new.keys().isdisjoint(self.specs):
+            self.specs.update(new)
+            return
         for spec in specs:
             known = self.specs.setdefault(spec.key, spec)
             if known is spec:

@@ -19,15 +19,17 @@ __all__ = ["device_finder", "plan_model", "plan_state_dict", "target_dtype"]
 
 _F32 = DTYPES["F32"]
 _F16 = DTYPES["F16"]
+_ITEMSIZES = {dtype: dtype.itemsize for dtype in DTYPES.values()}
+# Looking up a member of an enumeration costs 0.1 us.
+_MAP = Action.MAP
+_new = tuple.__new__
 
 
 def plan_state_dict(specs: Mapping[str, TensorSpec], *, dtype: DType | None, device: str) -> LoadPlan:
     """A plan for a plain state dict: every tensor under its own key, on one device."""
-    rows = [
-        _row(key, spec, dtype if dtype and spec.dtype.castable else spec.dtype, device) for key, spec in specs.items()
-    ]
-    fqn_of_key = {key: key for key in specs}
-    return LoadPlan(tuple(rows), KeyMatch(fqn_of_key, (), (), ()))
+    targets = {kind: dtype if dtype and kind.castable else kind for kind in DTYPES.values()}
+    rows = [_row(key, spec, targets[spec.dtype], device) for key, spec in specs.items()]
+    return LoadPlan(tuple(rows), KeyMatch(dict(zip(specs, specs, strict=True)), (), (), ()))
 
 
 def plan_model(
@@ -104,17 +106,18 @@ def device_finder(device_map: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
+    _, kind, _, (_, offset, _, encoding), _ = spec
+    action, reason = _MAP, ""
     if device != "cpu":
-        return PlanRow(fqn, spec, dtype, device, Action.MOVE, f"to {device}")
-    if dtype is not spec.dtype:
-        return PlanRow(fqn, spec, dtype, device, Action.CAST, f"{spec.dtype} to {dtype}")
-    if spec.region.encoding is not None:
-        return PlanRow(fqn, spec, dtype, device, Action.DECODE, "compressed or big-endian in the file")
-    if spec.region.offset_bytes % dtype.itemsize:
-        return PlanRow(
-            fqn, spec, dtype, device, Action.COPY, f"not on a multiple of {dtype.itemsize} bytes in the file"
-        )
-    return PlanRow(fqn, spec, dtype, device, Action.MAP)
+        action, reason = Action.MOVE, f"to {device}"
+    elif dtype is not kind:
+        action, reason = Action.CAST, f"{kind} to {dtype}"
+    elif encoding is not None:
+        action, reason = Action.DECODE, "compressed or big-endian in the file"
+    elif offset % _ITEMSIZES[kind]:
+        action, reason = Action.COPY, f"not on a multiple of {_ITEMSIZES[kind]} bytes in the file"
+    # Half the price of calling the class, of which there is one a tensor.
+    return _new(PlanRow, (fqn, spec, dtype, device, action, reason))
 
 
 def _fused_row(slot: Slot, spec: FusedSpec, dtype: DType, device: str) -> FusedRow:

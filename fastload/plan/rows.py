@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from fastload.dtypes import DType
@@ -94,15 +96,14 @@ class LoadPlan:
     def bytes_by_action(self) -> dict[str, int]:
         """Bytes in the files by action, in the order in which actions first occur."""
         counts: Counter[str] = Counter()
-        seen: set[tuple[str, int, int]] = set()
-        for row in self.rows:
-            file, offset, n_bytes, _ = row.spec.region
-            if n_bytes and (file, offset, n_bytes) not in seen:
-                seen.add((file, offset, n_bytes))
-                counts[row.action.value] += n_bytes
+        seen: set[tuple[Any, ...]] = set()
+        for action, rows in groupby(self.rows, attrgetter("action")):
+            regions = {row.spec.region[:3] for row in rows} - seen
+            seen |= regions
+            counts[action.value] += sum(n_bytes for _, _, n_bytes in regions)
         for fused in self.fused:
             counts[fused.action.value] += fused.spec.n_bytes
-        return dict(counts)
+        return {action: n_bytes for action, n_bytes in counts.items() if n_bytes}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastload.dtypes import DTYPES
+from fastload.dtypes import DTYPES, DType
 from fastload.errors import ArchiveError, TruncatedFileError, UnreadableFileError
 from fastload.formats.specs import Encoding, Region, StorageView, TensorSpec
 from fastload.storage.mapping import MappedFile, is_mappable
@@ -83,6 +83,40 @@ def test_specs_of_one_region_share_a_storage(path: str) -> None:
     assert part.untyped_storage()._cdata == whole.untyped_storage()._cdata
     whole.copy_(torch.arange(8.0))
     assert part.tolist() == [[1.0, 3.0], [2.0, 4.0]]
+
+
+ALL_DTYPES = [dtype for dtype in DTYPES.values() if dtype.torch_name and hasattr(torch, dtype.torch_name)]
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=repr)
+def test_many_tensors_at_once_are_those_made_one_by_one(path: str, dtype: DType) -> None:
+    shapes = [(2, 3), (), (0, 4), (4,), (1,) * 40, (1, 2, 0)]
+    offsets = [0, 256, 512, 512, 1024, 16384]
+    specs = [
+        TensorSpec(str(at), dtype, shape, Region(path, at, torch.Size(shape).numel() * dtype.itemsize))
+        for shape, at in zip(shapes, offsets, strict=True)
+    ]
+    specs.append(specs[0]._replace(region=specs[0].region._replace(offset_bytes=2049)))
+    for made, spec in zip(MappedFile(path, 16384).tensors(specs), specs, strict=True):
+        one = MappedFile(path, 16384).tensor(spec)
+        assert (made.shape, made.dtype, made.stride()) == (one.shape, one.dtype, one.stride())
+        assert bytes_of(made) == bytes_of(one)
+        assert made.untyped_storage().nbytes() == spec.region.n_bytes
+
+
+def test_many_tensors_at_once_share_what_they_stand_on_and_leave_the_file_alone(path: str) -> None:
+    before = Path(path).read_bytes()
+    part = TensorSpec("p", DTYPES["F32"], (2, 2), Region(path, 0, 32), StorageView(1, (1, 2)))
+    whole, view, other = MappedFile(path, 16384).tensors([floats(path, 0, 8), part, floats(path, 64, 8)])
+    gc.collect()
+    whole.copy_(torch.arange(8.0))
+    assert view.tolist() == [[1.0, 3.0], [2.0, 4.0]]
+    assert view.untyped_storage()._cdata == whole.untyped_storage()._cdata != other.untyped_storage()._cdata
+    assert n_mappings_of(path) == 1
+    del whole, view, other
+    gc.collect()
+    assert n_mappings_of(path) == 0
+    assert Path(path).read_bytes() == before
 
 
 def test_tensors_outlive_the_file_object_and_the_mapping_ends_with_them(path: str) -> None:
