@@ -9,6 +9,7 @@ import torch
 from fastload.dtypes import to_torch
 from fastload.plan.rows import Action, LoadPlan, PlanRow
 from fastload.progress import Progress
+from fastload.storage.casting import CastRequest, cast_tensors
 from fastload.storage.mapping import MappedFile
 
 __all__ = ["place"]
@@ -24,20 +25,28 @@ def place(
 
     Args:
         plan: what to do.
-        open_file: path -> the mapped file; called once a row, so it should remember.
+        open_file: path -> the mapped file; called often, so it should remember.
         existing: the module's own tensors, for rows that fill memory that is there.
         title: label of the progress bar.
     """
-    placed: dict[str, torch.Tensor] = {}
     existing = existing or {}
+    mapped: dict[str, list[PlanRow]] = {}
+    cast: list[PlanRow] = []
     moved: list[PlanRow] = []
+    as_mapped, as_cast = Action.MAP, Action.CAST  # looking them up costs 0.1 us a row
     for row in plan.rows:
-        if row.action is Action.MAP:
-            placed[row.fqn] = open_file(row.spec.region.file).tensor(row.spec)
+        if row.action is as_mapped:
+            mapped.setdefault(row.spec.region.file, []).append(row)
         else:
-            moved.append(row)
-    if moved:
-        with Progress(title, sum(row.spec.region.n_bytes for row in moved)) as progress, torch.no_grad():
+            (cast if row.action is as_cast else moved).append(row)
+    placed: dict[str, torch.Tensor] = {}
+    for path, rows in mapped.items():
+        tensors = open_file(path).tensors([row.spec for row in rows])
+        placed.update(zip([row.fqn for row in rows], tensors, strict=True))
+    if cast or moved:
+        with Progress(title, sum(row.spec.region.n_bytes for row in (*cast, *moved))) as progress, torch.no_grad():
+            requests = [CastRequest(open_file(row.spec.region.file), row.spec, row.dtype) for row in cast]
+            placed.update(zip([row.fqn for row in cast], cast_tensors(requests, progress.advance), strict=True))
             for row in moved:
                 placed[row.fqn] = _write(row, open_file(row.spec.region.file), existing.get(row.fqn))
                 progress.advance(row.spec.region.n_bytes)
@@ -53,8 +62,6 @@ def _write(row: PlanRow, file: MappedFile, destination: torch.Tensor | None) -> 
         assert destination is not None
         destination.copy_(source)
         result = destination
-    elif row.action is Action.CAST:
-        result = source.to(to_torch(row.dtype))
     else:
         # A driver that copies from a private writable mapping first breaks its copy-on-write, page by page.
         result = source.clone().to(row.device).to(to_torch(row.dtype))
