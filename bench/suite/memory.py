@@ -18,13 +18,14 @@ def peak_resident_bytes() -> int:
     return _status_bytes("VmHWM:")
 
 
-def proportional_bytes(pid: int) -> int:
-    """A process's proportional share (PSS): a page that n processes have in memory counts as an nth of a page."""
+def proportional_bytes(pid: int) -> tuple[int, int]:
+    """A process's proportional share (PSS) of anonymous memory, and of pages of files.
+
+    A page that n processes have in memory counts as an nth of a page.
+    """
     with open(f"/proc/{pid}/smaps_rollup") as rollup:
-        for line in rollup:
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("the kernel does not report Pss")
+        fields = dict(line.split(":") for line in rollup if line.startswith("Pss_"))
+    return int(fields["Pss_Anon"].split()[0]) * 1024, int(fields["Pss_File"].split()[0]) * 1024
 
 
 class PrivatePeak:

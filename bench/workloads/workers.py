@@ -17,8 +17,8 @@ from suite.rounds import interleave
 __all__ = ["WORKERS"]
 
 _N_WORKERS = 8
-# Every worker of these holds the whole MoE in memory of its own: 8 of them would not fit beside everything else, and
-# a share of what is private does not depend on their number.
+# Every worker of these holds the whole MoE in memory of its own: 8 of them would not fit beside everything else. What
+# each would have of 8 is computed: the private part does not depend on their number, the files' part is divided by it.
 _N_PRIVATE_WORKERS = 2
 
 
@@ -26,9 +26,15 @@ def _measure(rounds: int) -> Outcome:
     digests: dict[str, dict[str, str]] = {"llama": {}, "moe": {}}
 
     def grown(family: str, loader: str, make: Callable[..., Path], n_workers: int) -> dict[str, float]:
-        found, seen = _growth(family, loader, make(), make(tiny=True), n_workers)
+        private, of_files, seen = _growth(family, loader, make(), make(tiny=True), n_workers)
         digests[family] |= {f"{loader} {number}": digest for number, digest in enumerate(seen)}
-        return {"pss_bytes": found, "workers": n_workers}
+        of_files = of_files * n_workers // _N_WORKERS
+        return {
+            "pss_bytes": private + of_files,
+            "private_bytes": private,
+            "files_bytes": of_files,
+            "workers": n_workers,
+        }
 
     for folder in (llama_1b(), moe()):
         warm_up(folder)
@@ -81,8 +87,8 @@ def _measure(rounds: int) -> Outcome:
     )
 
 
-def _growth(family: str, loader: str, folder: Path, tiny: Path, n_workers: int) -> tuple[int, list[str]]:
-    """Mean growth of a worker's PSS by the load, all of them holding the model, and what each of them read."""
+def _growth(family: str, loader: str, folder: Path, tiny: Path, n_workers: int) -> tuple[int, int, list[str]]:
+    """Mean growth of a worker's PSS by the load, private and of files, all of them holding the model; their digests."""
     workers: list[Worker] = []
     try:
         workers += [Worker("worker", family, loader, str(folder), str(tiny)) for _ in range(n_workers)]
@@ -96,12 +102,16 @@ def _growth(family: str, loader: str, folder: Path, tiny: Path, n_workers: int) 
     finally:
         for worker in workers:
             worker.end()
-    return round(mean(after) - mean(before)), digests
+    private, of_files = (
+        round(mean(late) - mean(early))
+        for early, late in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)
+    )
+    return private, of_files, digests
 
 
 WORKERS = Workload(
     name="workers",
-    title="8 processes with the MoE (transformers: 2), or with Llama 1.1B, every byte read: memory of each, PSS",
+    title="8 processes with the MoE or with Llama 1.1B, every byte read: memory of each, PSS",
     measure=_measure,
     rounds=1,
 )
