@@ -33,14 +33,32 @@ def detach(model: nn.Module) -> int:
         Linux does), every tensor in CPU memory is copied.
     """
     standing = {str(index): tensor for index, tensor in enumerate(_standing_on_files(model))}
+    views: dict[int, torch.Tensor] = {}
     n_copied = 0
     with torch.no_grad():
         for cluster in find_clusters(standing):
-            tensors = [standing.pop(key) for key in cluster.keys]
+            tensors = [standing[key] for key in cluster.keys]
             for tensor, moved in zip(tensors, rehouse(cluster, tensors, copy=True), strict=True):
                 tensor.data = moved
+                if tensor._is_view():
+                    views[id(tensor)] = tensor.data
             n_copied += cluster.n_bytes
+    _replace(model, views)
     return n_copied
+
+
+def _replace(model: nn.Module, views: dict[int, torch.Tensor]) -> None:
+    """Put other objects in the place of buffers that are views: a view keeps what it is a view of, and its memory.
+
+    A parameter is never one.
+    """
+    if not views:
+        return
+    for module in model.modules():
+        for held in (module._buffers, module.__dict__):
+            for name, value in held.items():
+                if id(value) in views:
+                    held[name] = views[id(value)]
 
 
 def _standing_on_files(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -50,10 +68,10 @@ def _standing_on_files(model: nn.Module) -> Iterator[torch.Tensor]:
         storage = _storage(tensor)
         if storage is None:
             continue
-        # A tensor without elements holds a mapping just as well.
-        begin, end = byte_span(tensor) if tensor.numel() else (0, 1)
+        begin, end = byte_span(tensor)
         address = storage.data_ptr()
-        if mapped is None or _overlaps(address + begin, address + end, mapped, begins):
+        # A tensor without elements may hold a mapping just as well, and has no address to tell.
+        if mapped is None or begin == end or _overlaps(address + begin, address + end, mapped, begins):
             yield tensor
 
 
@@ -76,7 +94,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         return None
     try:
         storage = tensor.untyped_storage()
-        return storage if storage.data_ptr() else None
+        return storage if storage.data_ptr() or not tensor.numel() else None
     except (NotImplementedError, RuntimeError):  # a subclass that only pretends to have memory
         return None
 

@@ -267,17 +267,22 @@ class _Run:
             paths = [file.path for file in self._files]
             specs = _read_specs(paths) if self._specs is None else self._specs
             self._specs = None
-            extents = within_memory(
-                _extents(specs, paths) or [Extent(path, 0, os.stat(path).st_size) for path in paths]
-            )
-            self._readahead = Readahead(extents, self._files[0].way)
-            if self._stopped:
-                self._readahead.stop()
-            self._readahead.wait()
+            if self._is_stopped():
+                return
+            whole = [Extent(path, 0, os.stat(path).st_size) for path in paths]
+            readahead = Readahead(within_memory(_extents(specs, paths) or whole), self._files[0].way)
+            self._readahead = readahead
+            # Someone may have stopped this run when there was no readahead to stop yet.
+            if self._is_stopped():
+                readahead.stop()
+            readahead.wait()
         except (FastloadError, OSError):
             pass  # a damaged header or a lost file, which the load will say more about
         finally:
             self._end()
+
+    def _is_stopped(self) -> bool:
+        return self._stopped
 
     def _end(self) -> None:
         with _lock:

@@ -107,8 +107,7 @@ class Readahead:
         self.way = way or choose_way(file_system(extents[0].file) if extents else FileSystem("unknown", False))
         self._work = _Work(extents, self.way)
         self._finalizer = weakref.finalize(self, _Work.stop, self._work)
-        n_threads = min(self.way.n_threads, len(self._work.chunks))
-        for index in range(n_threads):
+        for index in range(self._work.n_threads):
             thread = threading.Thread(target=self._work.run, name=f"fastload-readahead-{index}", daemon=True)
             try:
                 thread.start()
@@ -116,9 +115,9 @@ class Readahead:
                 self._work.leave()
 
     @property
-    def n_read_bytes(self) -> int:
-        """Bytes that were not cached and have been read so far."""
-        return self._work.n_read_bytes
+    def n_brought_bytes(self) -> int:
+        """Bytes so far of the chunks that were not wholly cached when their turn came."""
+        return self._work.n_brought_bytes
 
     @property
     def is_done(self) -> bool:
@@ -138,17 +137,17 @@ class _Work:
     """What the threads share. They hold this and not the `Readahead`, so that it can be collected."""
 
     def __init__(self, extents: Sequence[Extent], way: Way) -> None:
-        self.chunks = [chunk for extent in extents for chunk in _chunks(extent, way.chunk_bytes)]
-        self.n_read_bytes = 0
+        self.n_threads = min(way.n_threads, sum(-(-extent.n_bytes // way.chunk_bytes) for extent in extents))
+        self.n_brought_bytes = 0
         self._way = way
         self._lock = threading.Lock()
-        self._next = 0
+        self._chunks = (chunk for extent in extents for chunk in _chunks(extent, way.chunk_bytes))
         self._stopped = False
         self._pid = os.getpid()
         self._descriptors: dict[str, int] = {}
-        self._n_running = min(way.n_threads, len(self.chunks))
+        self._n_running = self.n_threads
         self._done = threading.Event()
-        if not self.chunks:
+        if not self.n_threads:
             self._done.set()
 
     @property
@@ -176,22 +175,18 @@ class _Work:
 
     def _take(self) -> Extent | None:
         with self._lock:
-            if self._stopped or self._next >= len(self.chunks):
-                return None
-            self._next += 1
-            return self.chunks[self._next - 1]
+            return None if self._stopped else next(self._chunks, None)
 
     def _bring(self, chunk: Extent, buffer: memoryview | None) -> None:
         descriptor = self._open(chunk.file)
-        resident = resident_bytes(descriptor, chunk.offset_bytes, chunk.n_bytes) or 0
-        if resident >= chunk.n_bytes:
+        if (resident_bytes(descriptor, chunk.offset_bytes, chunk.n_bytes) or 0) >= chunk.n_bytes:
             return
         if buffer is None:
             self._populate(descriptor, chunk)
         else:
             self._read(descriptor, chunk, buffer)
         with self._lock:
-            self.n_read_bytes += chunk.n_bytes - resident
+            self.n_brought_bytes += chunk.n_bytes
 
     def _populate(self, descriptor: int, chunk: Extent) -> None:
         # Beyond the end of the file there are no pages: it may have become shorter.
