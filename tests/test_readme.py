@@ -18,7 +18,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def test_the_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = fastload.BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    fastload.BertModel(config).save_pretrained("trained")
+    for folder in ("trained", "small"):
+        fastload.BertModel(config).save_pretrained(folder)
     exec(SNIPPETS[number].replace("path-or-hub-id", "trained"), {})
 
 
