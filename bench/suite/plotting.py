@@ -32,9 +32,9 @@ def _draw(panel: Any, document: dict[str, Any]) -> None:
     rows = {loader: row[metric] for loader, row in document["rows"].items() if metric in row}
     scale, unit = (1e6, "MB") if metric.endswith("_bytes") else (1, "s")
     for position, (loader, found) in enumerate(rows.items()):
-        colour = "tab:blue" if loader.startswith("fastload") else "tab:grey"
-        if loader not in document["ratios"] and not loader.startswith("fastload"):
-            colour = "tab:green"  # a limit
+        colour = "tab:blue" if "fastload" in loader else "tab:grey"
+        if document["limit"] is not None and found["median"] == float(f"{document['limit']:.5g}"):
+            colour = "tab:green"
         panel.barh(position, found["median"] / scale, color=colour, alpha=0.75)
         panel.plot([value / scale for value in found["samples"]], [position] * len(found["samples"]), "k.", ms=3)
         ratio = document["ratios"].get(loader)
