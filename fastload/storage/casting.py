@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,7 +28,7 @@ import torch
 from fastload.dtypes import DType, to_torch
 from fastload.formats.specs import Region, TensorSpec
 from fastload.storage.mapping import MappedFile
-from fastload.storage.slabs import PageChooser, Slab
+from fastload.storage.slabs import HugePages, Slab
 
 __all__ = ["CastRequest", "cast_tensors"]
 
@@ -42,8 +41,8 @@ PIECE_ELEMENTS = 32768
 _UNIT_ELEMENTS = 64
 # Where Python's lock, held for a tenth of the time, begins to limit.
 _MAX_THREADS = 8
-# Below this there is nothing to be gained from choosing pages.
-_CHOOSE_FROM_BYTES = 32 << 20
+# Below this huge pages gain less than it takes to see whether they do.
+_HUGE_FROM_BYTES = 32 << 20
 
 
 class CastRequest(NamedTuple):
@@ -164,7 +163,7 @@ def _cast_alone(request: CastRequest, advance: Callable[[int], None]) -> torch.T
 def _cast_plain(requests: Sequence[CastRequest], advance: Callable[[int], None]) -> list[torch.Tensor]:
     """Whole storages, in the order of the files, as flat tensors."""
     storages = _lay_out(requests)
-    pages = PageChooser() if sum(storage.n_result_bytes for storage in storages) >= _CHOOSE_FROM_BYTES else None
+    pages = HugePages() if sum(storage.n_result_bytes for storage in storages) >= _HUGE_FROM_BYTES else None
     n_threads = _n_threads(sum(storage.n_elements for storage in storages))
     _in_threads(n_threads, _batches(_joined(storages)), partial(_convert, pages), advance)
     return [storage.result for storage in storages]
@@ -263,22 +262,17 @@ def _in_threads(
     tell()
 
 
-def _convert(pages: PageChooser | None, batch: Sequence[_Run]) -> int:
+def _convert(pages: HugePages | None, batch: Sequence[_Run]) -> int:
     """Convert a batch and let go of its source. Returns the number of the files' bytes."""
-    n_bytes = sum(run.n_result_bytes for run in batch)
-    huge = pages is not None and pages.choose(n_bytes)
     sources: list[torch.Tensor] = []
     destinations: list[torch.Tensor] = []
-    begin = time.thread_time()
     for run in batch:
         if pages is not None:
-            run.slab.advise(run.offset, run.n_result_bytes, huge=huge)
+            pages.prepare(run.slab, run.offset, run.n_elements * run.dtype.itemsize)
         source = run.file.tensor(TensorSpec("", run.source_dtype, (run.n_elements,), run.region))
         sources += torch.split(source, PIECE_ELEMENTS)
         destinations += torch.split(run.result, PIECE_ELEMENTS)
     torch._foreach_copy_(destinations, sources)
-    if pages is not None:
-        pages.learn(n_bytes, time.thread_time() - begin, huge=huge)
     for run in batch:
         run.file.release(run.region)
     return sum(run.region.n_bytes for run in batch)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from fastload.dtypes import DTYPES, DType, to_torch
 from fastload.errors import ArchiveError
 from fastload.formats.specs import Encoding, Region, StorageView, TensorSpec
-from fastload.storage import casting
+from fastload.storage import casting, slabs
 from fastload.storage.casting import CastRequest, cast_tensors
 from fastload.storage.mapping import MappedFile
-from fastload.storage.slabs import PageChooser, Slab
+from fastload.storage.slabs import HUGE_PAGE, HugePages, Slab
 from tests.conftest import same_bytes
 
 CASTABLE = [dtype for dtype in DTYPES.values() if dtype.castable]
@@ -122,7 +122,7 @@ def test_any_shapes_one_after_another_over_any_block_boundaries(
         patch.setattr(casting, "PIECE_ELEMENTS", n_piece)
         patch.setattr(casting, "SLAB_BYTES", n_slab_bytes)
         patch.setattr(casting, "_n_threads", lambda n_elements: 2)
-        patch.setattr(casting, "_CHOOSE_FROM_BYTES", 0)
+        patch.setattr(casting, "_HUGE_FROM_BYTES", 0)
         tensors = cast(*requests)
     for one, tensor in zip(requests, tensors, strict=True):
         assert same_bytes(tensor, plainly(one))
@@ -309,29 +309,59 @@ def test_modes_of_the_caller_are_kept_and_do_not_matter(path: str, two_threads: 
     assert torch.get_num_threads() == n_threads
 
 
-def test_pages_are_chosen_by_what_they_cost() -> None:
-    pages = PageChooser()
-    assert pages.choose(1)
-    pages.learn(1, 1.0, huge=True)
-    assert not pages.choose(1)
-    pages.learn(1, 2.0, huge=False)
-    assert pages.choose(1)
-    pages.learn(1, 9.0, huge=True)
-    pages.learn(1, 9.0, huge=False)  # small ones may be slow too, which is no reason to stay with huge ones
-    tries = [pages.choose(16 << 20) for _ in range(3)]
-    assert tries == [False, False, True]
-    pages.learn(1, 9.0, huge=True)
-    tries = [pages.choose(16 << 20) for _ in range(5)]
-    assert tries == [False, False, False, False, True]
-    pages.learn(1, 1.0, huge=True)
-    assert pages.choose(1)
+class TimedSlab(Slab):
+    """A slab whose pages take a time of the test's choosing; notes what was asked for."""
+
+    __slots__ = ("advice", "seconds")
+
+    def __init__(self, n_bytes: int) -> None:
+        super().__init__(n_bytes)
+        self.seconds, self.advice = 0.0, list[tuple[int, bool]]()
+
+    def touch(self, offset_bytes: int, n_bytes: int) -> float:
+        return self.seconds
+
+    def advise(self, pages: range, *, huge: bool) -> None:
+        super().advise(pages, huge=huge)
+        self.advice += [(at // HUGE_PAGE, huge) for at in pages]
 
 
-@pytest.mark.parametrize("n_bytes", [1, 4096, 2 << 20, (5 << 20) + 3])
+def test_huge_pages_are_asked_for_while_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "_small_pages_seconds", lambda: 1.0)
+    monkeypatch.setattr(slabs, "_FIRST_PAUSE_BYTES", 2 * HUGE_PAGE)
+    pages, slab = HugePages(), TimedSlab(20 * HUGE_PAGE + 5)
+
+    def asked_for(begin: int, end: int, seconds: float) -> list[bool]:
+        slab.seconds, slab.advice = seconds, []
+        pages.prepare(slab, begin * HUGE_PAGE, (end - begin) * HUGE_PAGE)
+        assert [at for at, _ in slab.advice] == list(range(begin, end))
+        return [huge for _, huge in slab.advice]
+
+    assert asked_for(0, 3, 0.5) == [True, True, True]
+    assert asked_for(3, 6, 2.0) == [True, False, False]
+    assert asked_for(6, 8, 0.5) == [False, False]
+    assert asked_for(8, 10, 2.0) == [True, False]
+    assert asked_for(10, 14, 0.5) == [False] * 4
+    assert asked_for(14, 16, 0.5) == [True, True]
+    assert asked_for(16, 18, 2.0) == [True, False]
+    assert asked_for(18, 20, 0.5) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("offset", "n_bytes", "pages"),
+    [(0, 5, [0]), (1, HUGE_PAGE, [1]), (1, 5, []), (0, 4 * HUGE_PAGE, [0, 1, 2]), (3 * HUGE_PAGE, 7, [])],
+)
+def test_a_huge_page_belongs_to_the_range_in_which_it_begins(offset: int, n_bytes: int, pages: list[int]) -> None:
+    slab = Slab(3 * HUGE_PAGE + 7)
+    assert [at // HUGE_PAGE for at in slab.huge_pages_of(offset, n_bytes)] == pages
+
+
+@pytest.mark.parametrize("n_bytes", [1, 4096, HUGE_PAGE, 2 * HUGE_PAGE + 3])
 @pytest.mark.parametrize("huge", [False, True])
-def test_any_range_of_a_slab_takes_advice(n_bytes: int, huge: bool) -> None:
+def test_any_slab_takes_advice_and_all_of_it_is_memory(n_bytes: int, huge: bool) -> None:
     slab = Slab(n_bytes)
-    slab.advise(n_bytes // 2, n_bytes - n_bytes // 2, huge=huge)
+    slab.advise(slab.huge_pages_of(0, n_bytes), huge=huge)
+    assert slab.touch(0, n_bytes) >= 0
     tensor = slab.tensor(DTYPES["U8"], 0, n_bytes)
     assert not tensor.any()
     assert tensor.fill_(7).min() == 7
