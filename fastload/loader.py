@@ -60,10 +60,18 @@ def load_state_dict(
     """
     options = LoadOptions(dtype=parse_dtype(dtype))
     with paused_collector():
-        checkpoint = open_checkpoint(path, **where)
-        checkpoint.read_ahead(in_file_order=True)
-        plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
-        tensors = place(*read_from_network(plan, checkpoint))
+        return _state_dict(path, options, device, where)
+
+
+def _state_dict(
+    path: str | os.PathLike[str], options: LoadOptions, device: str | torch.device, where: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    # A function of its own, so that specs and plan are gone when the collector resumes, and it need not walk them.
+    checkpoint = open_checkpoint(path, **where)
+    checkpoint.read_ahead(in_file_order=True)
+    plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
+    tensors = place(*read_from_network(plan, checkpoint))
+    if any(key != placed for key, placed in zip(checkpoint.specs, tensors, strict=True)):
         tensors = {key: tensors[key] for key in checkpoint.specs}
     return tensors | {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from fastload.storage import readahead as readahead_module
-from fastload.storage.readahead import POPULATE, READ, Extent, Readahead, Way, choose_way, within_memory
+from fastload.storage.readahead import LOCAL, NETWORK, Extent, Readahead, Way, choose_way, within_memory
 from fastload.storage.residency import FileSystem
 from tests.cold import make_cold, read_bytes, resident, threads, wait_for_no_threads
 
 MB = 1 << 20
 SIZE = 32 * MB
-WAYS = [Way("populate", 4, 4 * MB), Way("read", 4, MB)]
+WAYS = [Way(4, 4 * MB, MB), Way(4, MB, 4 * MB)]
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_cold_file_becomes_warm(path: str, way: Way) -> None:
     reading = Readahead([Extent(path, 0, SIZE)], way)
     assert reading.wait(20)
@@ -39,14 +39,14 @@ def test_a_cold_file_becomes_warm(path: str, way: Way) -> None:
     wait_for_no_threads()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_only_what_was_asked_for_is_read(path: str, way: Way) -> None:
     assert Readahead([Extent(path, 8 * MB, 8 * MB)], way).wait(20)
     # The kernel's own readahead may go beyond, but not to the whole file and back.
     assert 8 * MB <= resident(path) < SIZE
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_what_is_cached_is_not_read_again(path: str, way: Way) -> None:
     assert Readahead([Extent(path, 0, SIZE)], way).wait(20)
     before = read_bytes()
@@ -69,14 +69,14 @@ def test_extents_are_read_in_the_order_given(path: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         readahead_module, "resident_bytes", lambda _, offset_bytes, n_bytes: seen.append(offset_bytes // MB)
     )
-    one_by_one = Way("read", 1, MB)
+    one_by_one = Way(1, MB, MB)
     reading = Readahead([Extent(path, 16 * MB, 4 * MB), Extent(path, 0, 4 * MB)], one_by_one)
     reading.wait(20)
     assert seen == [16, 17, 18, 19, 0, 1, 2, 3]
 
 
 def test_stopping_is_prompt_and_ends_the_threads(path: str) -> None:
-    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way("read", 2, 4096))
+    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way(2, 4096, 4096))
     begin = time.monotonic()
     reading.stop()
     assert time.monotonic() - begin < 0.1
@@ -85,20 +85,20 @@ def test_stopping_is_prompt_and_ends_the_threads(path: str) -> None:
 
 
 def test_the_threads_end_when_the_object_is_collected(path: str) -> None:
-    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way("read", 2, 4096))
+    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way(2, 4096, 4096))
     del reading
     gc.collect()
     wait_for_no_threads(5)
 
 
 def test_waiting_can_time_out(path: str) -> None:
-    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way("read", 1, 4096))
+    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way(1, 4096, 4096))
     assert reading.wait(0.001) is False
     reading.stop()
     assert reading.wait(5)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_files_that_are_lost_or_cut_are_left_out(path: str, tmp_path: Path, way: Way) -> None:
     extents = [Extent(str(tmp_path / "none"), 0, MB), Extent(path, SIZE - MB, 100 * MB), Extent(path, 0, MB)]
     assert Readahead(extents, way).wait(20)
@@ -112,7 +112,7 @@ def test_nothing_to_read_is_done_at_once() -> None:
 
 
 def test_a_child_that_was_forked_does_not_wait(path: str) -> None:
-    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way("read", 1, 4096))
+    reading = Readahead([Extent(path, 0, SIZE)] * 1000, Way(1, 4096, 4096))
     pid = os.fork()
     if pid == 0:  # the child: no assertion may get out of here
         os._exit(0 if reading.is_done and reading.wait() else 1)
@@ -124,7 +124,7 @@ def test_a_child_that_was_forked_does_not_wait(path: str) -> None:
 def test_the_process_ends_while_something_is_read(path: str) -> None:
     script = (
         "from fastload.storage.readahead import *\n"
-        f"r = Readahead([Extent({path!r}, 0, {SIZE})] * 100000, Way('read', 4, 4096))\n"
+        f"r = Readahead([Extent({path!r}, 0, {SIZE})] * 100000, Way(4, 4096, 4096))\n"
     )
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
@@ -143,12 +143,10 @@ def test_no_more_is_read_than_free_memory_holds(monkeypatch: pytest.MonkeyPatch)
     assert within_memory(extents) == tuple(extents)
 
 
-def test_networks_are_read_and_local_disks_populated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_way(FileSystem("nfs", True)) is READ
-    monkeypatch.setattr(readahead_module, "_can_populate", lambda: True)
-    assert choose_way(FileSystem("ext4", False)) is POPULATE
-    monkeypatch.setattr(readahead_module, "_can_populate", lambda: False)
-    assert choose_way(FileSystem("ext4", False)) is READ
+def test_networks_are_asked_for_more_at_a_time() -> None:
+    assert choose_way(FileSystem("nfs", True)) is NETWORK
+    assert choose_way(FileSystem("ext4", False)) is LOCAL
+    assert NETWORK.read_bytes > LOCAL.read_bytes
 
 
 def test_no_thread_to_be_had_is_no_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
