@@ -17,7 +17,7 @@ from fastload.dtypes import DType
 from fastload.errors import KeyMatchError, OptionError
 from fastload.formats.specs import TensorSpec
 
-__all__ = ["Concatenate", "FusedSpec", "Fusion", "Piece", "Stack", "contiguous_stride", "fuse"]
+__all__ = ["Concatenate", "FusedSpec", "Fusion", "Piece", "Stack", "contiguous_stride", "fuse", "join"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +180,14 @@ def _assemble(
     if absent or gaps or len(counts) > 1:
         problems.append(f"{name}: {', '.join(absent) or 'numbers of its pieces'} missing ({len(every)} pieces found)")
         return None
-    shapes, dtypes = {spec.shape for spec in every}, {spec.dtype.code for spec in every}
     stack = next((operation for operation in fusion.operations if isinstance(operation, Stack)), None)
     joint = next((operation for operation in fusion.operations if isinstance(operation, Concatenate)), None)
     parts = [[members[index][number] for number in sorted(members[index])] for index in range(len(fusion.sources))]
-    along = _concatenated_dim(stack, joint, len(every[0].shape))
-    if len(dtypes) > 1 or len({_without(shape, along) for shape in shapes}) > 1:
-        found = ", ".join(sorted(f"{spec.dtype} {list(spec.shape)}" for spec in every)[:4])
+    fused = join(name, parts, stack, joint)
+    if fused is None:
+        found = ", ".join(sorted({f"{spec.dtype} {list(spec.shape)}" for spec in every})[:4])
         problems.append(f"{name}: its pieces differ ({found} ...)")
-        return None
-    return _layout(name, parts, stack, joint)
+    return fused
 
 
 def _concatenated_dim(stack: Stack | None, joint: Concatenate | None, n_dims: int) -> int | None:
@@ -206,16 +204,51 @@ def _without(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
     return shape if dim is None else shape[:dim] + shape[dim + 1 :]
 
 
-def _layout(
+def join(
     name: str, parts: Sequence[Sequence[TensorSpec]], stack: Stack | None, joint: Concatenate | None
-) -> FusedSpec:
-    """Where each piece begins, and how it lies: a stacked index is a dimension that the piece does not have."""
+) -> FusedSpec | None:
+    """Tensors of one type as one: those of each part stacked, then the parts concatenated.
+
+    Args:
+        name: of the result.
+        parts: what each source has, in order; at least one, none empty. Without a stack, one tensor each.
+        stack: how the tensors of a part become one; a stacked index is a dimension that a piece does not have.
+        joint: how the parts become one.
+
+    Returns:
+        The result; None where types or shapes do not fit, or where there are more tensors than the operations join.
+    """
+    every = [spec for part in parts for spec in part]
+    n_dims = len(every[0].shape)
+    if (stack is None and any(len(part) > 1 for part in parts)) or (joint is None and len(parts) > 1):
+        return None
+    n_fused_dims = n_dims + (stack is not None)
+    if any(op is not None and not -n_fused_dims <= op.dim < n_fused_dims for op in (stack, joint)):
+        return None
+    along = _concatenated_dim(stack, joint, n_dims)
+    if len({spec.dtype for spec in every}) > 1 or len({_without(spec.shape, along) for spec in every}) > 1:
+        return None
+    if any(len({spec.shape for spec in part}) > 1 for part in parts):
+        return None
     shapes = []
     for part in parts:
         shape = list(part[0].shape)
         if stack is not None:
-            shape.insert(stack.dim % (len(shape) + 1), len(part))
+            shape.insert(stack.dim % n_fused_dims, len(part))
         shapes.append(shape)
+    if len({_without(tuple(shape), None if joint is None else joint.dim % n_fused_dims) for shape in shapes}) > 1:
+        return None
+    return _layout(name, parts, shapes, stack, joint)
+
+
+def _layout(
+    name: str,
+    parts: Sequence[Sequence[TensorSpec]],
+    shapes: Sequence[Sequence[int]],
+    stack: Stack | None,
+    joint: Concatenate | None,
+) -> FusedSpec:
+    """Where each piece begins, and how it lies; shapes are those of the stacked parts."""
     whole = list(shapes[0])
     if joint is not None:
         whole[joint.dim] = sum(shape[joint.dim] for shape in shapes)

@@ -15,7 +15,7 @@ from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.plan.slots import Slot
 from fastload.reports import collapse_keys
 
-__all__ = ["device_finder", "plan_model", "plan_state_dict", "target_dtype"]
+__all__ = ["device_finder", "plan_fused_row", "plan_model", "plan_row", "plan_state_dict", "target_dtype"]
 
 _F32 = DTYPES["F32"]
 _F16 = DTYPES["F16"]
@@ -23,12 +23,13 @@ _ITEMSIZES = {dtype: dtype.itemsize for dtype in DTYPES.values()}
 # Looking up a member of an enumeration costs 0.1 us.
 _MAP = Action.MAP
 _new = tuple.__new__
+_HAS_MEMORY = "the module has memory of its own"
 
 
 def plan_state_dict(specs: Mapping[str, TensorSpec], *, dtype: DType | None, device: str) -> LoadPlan:
     """A plan for a plain state dict: every tensor under its own key, on one device."""
     targets = {kind: dtype if dtype and kind.castable else kind for kind in DTYPES.values()}
-    rows = [_row(key, spec, targets[spec.dtype], device) for key, spec in specs.items()]
+    rows = [plan_row(key, spec, targets[spec.dtype], device) for key, spec in specs.items()]
     return LoadPlan(tuple(rows), KeyMatch(dict(zip(specs, specs, strict=True)), (), (), ()))
 
 
@@ -68,15 +69,50 @@ def plan_model(
         wanted = target_dtype(slot, options.dtype, rules)
         dtype = wanted if wanted.castable and spec.dtype.castable else spec.dtype
         if isinstance(spec, FusedSpec):
-            fused.append(_fused_row(slot, spec, dtype, device_of(fqn)))
+            if slot.on_meta:
+                fused.append(plan_fused_row(fqn, spec, dtype, device_of(fqn)))
+            else:
+                fused.append(FusedRow(fqn, spec, slot.dtype, "", Action.GATHER, _HAS_MEMORY))
         elif slot.on_meta:
-            rows.append(_row(fqn, spec, dtype, device_of(fqn)))
+            rows.append(plan_row(fqn, spec, dtype, device_of(fqn)))
         else:
-            rows.append(PlanRow(fqn, spec, slot.dtype, "", Action.FILL, "the module has memory of its own"))
+            rows.append(PlanRow(fqn, spec, slot.dtype, "", Action.FILL, _HAS_MEMORY))
     rows.sort(key=lambda row: row.spec.region[:2])
     plan = LoadPlan(tuple(rows), keys, tuple(mismatched), tuple(fused))
     _check(plan, options, source)
     return plan
+
+
+def plan_row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
+    """How a tensor of the files becomes one of its own, of a type and on a device."""
+    _, kind, _, (_, offset, _, encoding), _ = spec
+    action, reason = _MAP, ""
+    if device != "cpu":
+        action, reason = Action.MOVE, f"to {device}"
+    elif dtype is not kind:
+        action, reason = Action.CAST, f"{kind} to {dtype}"
+    elif encoding is not None:
+        action, reason = Action.DECODE, "compressed or big-endian in the file"
+    elif offset % _ITEMSIZES[kind]:
+        action, reason = Action.COPY, f"not on a multiple of {_ITEMSIZES[kind]} bytes in the file"
+    # Half the price of calling the class, of which there is one a tensor.
+    return _new(PlanRow, (fqn, spec, dtype, device, action, reason))
+
+
+def plan_fused_row(fqn: str, spec: FusedSpec, dtype: DType, device: str) -> FusedRow:
+    """How many tensors of the files become one, of a type and on a device."""
+    if device != "cpu":
+        return FusedRow(fqn, spec, dtype, device, Action.MOVE, f"to {device}")
+    reason = ""
+    if sys.platform != "linux":
+        reason = "pages can be remapped on Linux only"
+    elif dtype is not spec.dtype:
+        reason = f"{spec.dtype} to {dtype}"
+    elif any(piece.spec.region.encoding or piece.spec.view for piece in spec.pieces):
+        reason = "encoded, or not contiguous, in the file"
+    elif not all(piece.is_contiguous for piece in spec.pieces):
+        reason = "pieces alternate in the fused tensor"
+    return FusedRow(fqn, spec, dtype, device, Action.GATHER if reason else Action.REMAP, reason)
 
 
 def target_dtype(slot: Slot, dtype: DType | None, rules: KeyRules) -> DType:
@@ -103,38 +139,6 @@ def device_finder(device_map: Mapping[str, str]) -> Callable[[str], str]:
         return device_map.get("", "cpu")
 
     return find
-
-
-def _row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
-    _, kind, _, (_, offset, _, encoding), _ = spec
-    action, reason = _MAP, ""
-    if device != "cpu":
-        action, reason = Action.MOVE, f"to {device}"
-    elif dtype is not kind:
-        action, reason = Action.CAST, f"{kind} to {dtype}"
-    elif encoding is not None:
-        action, reason = Action.DECODE, "compressed or big-endian in the file"
-    elif offset % _ITEMSIZES[kind]:
-        action, reason = Action.COPY, f"not on a multiple of {_ITEMSIZES[kind]} bytes in the file"
-    # Half the price of calling the class, of which there is one a tensor.
-    return _new(PlanRow, (fqn, spec, dtype, device, action, reason))
-
-
-def _fused_row(slot: Slot, spec: FusedSpec, dtype: DType, device: str) -> FusedRow:
-    if not slot.on_meta:
-        return FusedRow(slot.fqn, spec, slot.dtype, "", Action.GATHER, "the module has memory of its own")
-    if device != "cpu":
-        return FusedRow(slot.fqn, spec, dtype, device, Action.MOVE, f"to {device}")
-    reason = ""
-    if sys.platform != "linux":
-        reason = "pages can be remapped on Linux only"
-    elif dtype is not spec.dtype:
-        reason = f"{spec.dtype} to {dtype}"
-    elif any(piece.spec.region.encoding or piece.spec.view for piece in spec.pieces):
-        reason = "encoded, or not contiguous, in the file"
-    elif not all(piece.is_contiguous for piece in spec.pieces):
-        reason = "pieces alternate in the fused tensor"
-    return FusedRow(slot.fqn, spec, dtype, device, Action.GATHER if reason else Action.REMAP, reason)
 
 
 def _check(plan: LoadPlan, options: LoadOptions, source: str) -> None:
