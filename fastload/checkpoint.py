@@ -37,9 +37,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             keys of the mapping; `load_state_dict` gives them back.
         metadata: the text that safetensors files carry, of all files together.
         notes: choices made when the files were looked for, or are read ahead.
+
+    Args:
+        files: where it is.
+        tolerant: go on where index and files disagree, as transformers does: what no file holds is missing, and of a
+            key in several files without a word of the index the last one counts. Otherwise both are errors.
     """
 
-    def __init__(self, files: CheckpointFiles) -> None:
+    def __init__(self, files: CheckpointFiles, *, tolerant: bool = False) -> None:
         self.files = files.weights
         self.format = files.format
         self.notes = files.notes
@@ -51,8 +56,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             contents = read_file(path)
             self._n_file_bytes[path] = contents.n_file_bytes
             self.metadata.update(contents.metadata)
-            self._add(contents.specs, path, files.weight_map)
-        self._check_index(files)
+            self._add(contents.specs, path, files.weight_map, tolerant)
+        if not tolerant:
+            self._check_index(files)
         self.aliases = {
             dropped: kept
             for dropped, kept in self.metadata.items()
@@ -104,7 +110,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Size of one of the files when its header was read."""
         return self._n_file_bytes[path]
 
-    def _add(self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None) -> None:
+    def _add(
+        self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None, tolerant: bool
+    ) -> None:
         new = {spec.key: spec for spec in specs}
         if len(new) == len(specs) and new.keys().isdisjoint(self.specs):
             self.specs.update(new)
@@ -113,7 +121,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             known = self.specs.setdefault(spec.key, spec)
             if known is spec:
                 continue
-            owner = (weight_map or {}).get(spec.key)
+            owner = (weight_map or {}).get(spec.key, path if tolerant else None)
             if owner not in (known.region.file, path):
                 raise FormatError(
                     "a tensor is in two files, and the index does not say which one counts",

@@ -33,7 +33,7 @@ from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.storage.memory import private_bytes
 
-__all__ = ["Initialiser", "fill_module", "load_model", "load_state_dict", "report"]
+__all__ = ["Initialiser", "fill_module", "load_model", "load_state_dict", "remember_report", "report"]
 
 Initialiser = Callable[[nn.Module, str, torch.Tensor], None]
 """Gives one parameter of one module its random first values: (owner, name in the owner, tensor)."""
@@ -137,6 +137,11 @@ def report(model: nn.Module) -> LoadReport:
         ) from None
 
 
+def remember_report(model: nn.Module, report: LoadReport) -> None:
+    """Have `report` give this one, for as long as the model lives."""
+    _REPORTS[model] = report
+
+
 def fill_module(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -165,7 +170,7 @@ def fill_module(
         tensors |= fused
     with clock("finish"):
         notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
-    bytes_by_action = _bytes_by_outcome(plan, n_remapped_bytes)
+    bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
     if options.detached:
         with clock("detach"):
             detach(module)
@@ -187,18 +192,8 @@ def fill_module(
         initialised_keys=tuple(empty),
         notes=tuple(notes),
     )
-    _REPORTS[module] = result
+    remember_report(module, result)
     return result
-
-
-def _bytes_by_outcome(plan: LoadPlan, n_remapped_bytes: int) -> dict[str, int]:
-    """Source bytes by what was done: of what was to be remapped, the edges of pieces had to be copied."""
-    counts = plan.bytes_by_action()
-    planned = counts.pop(Action.REMAP.value, 0)
-    if planned:
-        counts[Action.REMAP.value] = n_remapped_bytes
-        counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + planned - n_remapped_bytes
-    return counts
 
 
 def _all_copied(counts: dict[str, int]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastload.errors import IndexFileError, UnreadableFileError
 
-__all__ = ["MAX_INDEX_BYTES", "ShardIndex", "encode_index", "read_index"]
+__all__ = ["MAX_INDEX_BYTES", "ShardIndex", "checked_names", "encode_index", "read_index"]
 
 #: The largest indexes in use have some 100,000 keys and take 10 MB; a gigabyte is no index.
 MAX_INDEX_BYTES = 1 << 30
@@ -59,7 +59,7 @@ def read_index(path: str | os.PathLike[str]) -> ShardIndex:
             found="nothing" if weight_map is None else _shortened(weight_map),
             fix="fetch the index again, or save the checkpoint again",
         )
-    names = _checked_names(weight_map, path)
+    names = checked_names(weight_map, path)
     metadata = content.get("metadata")
     if not isinstance(metadata, dict | None):
         raise IndexFileError(
@@ -141,7 +141,7 @@ def _read_bounded(path: str | os.PathLike[str]) -> bytes:
         ) from error
 
 
-def _checked_names(weight_map: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, str]:
+def checked_names(weight_map: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, str]:
     """Every distinct file name of the map -> the name in its plainest spelling."""
     names: dict[str, str] = {}
     bad: dict[str, str] = {}

@@ -105,6 +105,15 @@ class LoadPlan:
             counts[fused.action.value] += fused.spec.n_bytes
         return {action: n_bytes for action, n_bytes in counts.items() if n_bytes}
 
+    def bytes_by_outcome(self, n_remapped_bytes: int) -> dict[str, int]:
+        """Bytes by what was done: of those that were to be remapped, the edges of pieces had to be copied."""
+        counts = self.bytes_by_action()
+        planned = counts.pop(Action.REMAP.value, 0)
+        if planned:
+            counts[Action.REMAP.value] = n_remapped_bytes
+            counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + planned - n_remapped_bytes
+        return counts
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {

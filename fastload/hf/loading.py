@@ -1,0 +1,174 @@
+"""The seam in transformers' from_pretrained: one stage replaced, everything around it left to transformers.
+
+transformers builds a model on meta, calls the class for `_load_pretrained_model`, which reads and places the weights,
+then for `_finalize_model_loading`. Here that class is a subclass of the model's which answers the first call with
+fastload's plan and placement, and whose instances are the model's own class: it exists only while a model is loaded,
+and nothing of transformers is changed for anyone else.
+
+transformers swaps functions of torch while it builds and while it initialises, for all threads; two loads at once then
+put back each other's. So these two stages run one load at a time, and placing, which is where the time goes, at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+from fastload.errors import FastloadError, KeyMatchError
+from fastload.hf.completing import complete, finalize
+from fastload.hf.counting import count_load
+from fastload.hf.handing_over import reason_to_hand_over
+from fastload.hf.placing import place_weights
+from fastload.options import FileOptions, HubOptions
+from fastload.pauses import paused_collector
+from fastload.prefetching import read_ahead_early
+from fastload.reports import collapse_keys
+
+__all__ = ["Loading", "load", "loading_class"]
+
+# Held while transformers has functions of torch, or its own, replaced for the whole process.
+_GLOBALS_LOCK = threading.RLock()
+
+
+@dataclass(slots=True)
+class _Load:
+    """One call of from_pretrained.
+
+    Attributes:
+        strict: raise where keys do not fit.
+        rebuild: builds the model again as it was built for this load.
+        is_fast: whether fastload placed the weights.
+    """
+
+    strict: bool
+    rebuild: Callable[[], Any] | None = None
+    is_fast: bool = False
+
+
+_CURRENT: ContextVar[_Load | None] = ContextVar("fastload_hf_load", default=None)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    with _GLOBALS_LOCK:
+        yield
+
+
+class Loading:
+    """Base of the classes that `loading_class` makes."""
+
+    _fastload_class: ClassVar[Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model of the original class; since that is not this one, Python does not initialise it again."""
+        model = cls._fastload_class(*args, **kwargs)
+        current = _CURRENT.get()
+        if current is not None:
+            current.rebuild = lambda: cls._fastload_class(model.config, *args[1:], **kwargs)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """What the class would load, by fastload."""
+        return load(super().from_pretrained, args, kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        """The contexts in which transformers builds the model, entered by one load at a time."""
+        return [_one_at_a_time(), *super().get_init_context(*args, **kwargs)]  # type: ignore[misc]
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        reason = reason_to_hand_over(model, state_dict, checkpoint_files, load_config)
+        count_load(reason)
+        if reason:
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        current = _CURRENT.get()
+        if current is not None:
+            current.is_fast = True
+        return place_weights(model, state_dict, checkpoint_files, load_config), None
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        current = _CURRENT.get()
+        with _GLOBALS_LOCK:
+            if current is None or not current.is_fast:
+                return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+            info, untouched = finalize(model, load_config, loading_info)
+            complete(model, untouched, current.rebuild)
+        if current.strict:
+            _check_keys(info, load_config.pretrained_model_name_or_path)
+        return info
+
+
+_CLASSES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def loading_class(model_class: Any) -> Any:
+    """The class whose from_pretrained loads a model class by fastload. Made once for each."""
+    found = _CLASSES.get(model_class)
+    if found is None:
+        names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__, "__doc__": None}
+        made = type(model_class.__name__, (Loading, model_class), names | {"_fastload_class": model_class})
+        found = _CLASSES.setdefault(model_class, made)
+    return found
+
+
+def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a from_pretrained whose class is a `Loading`.
+
+    Args:
+        from_pretrained: bound to that class.
+        args, kwargs: the caller's; ``strict=True`` is fastload's own, and raises KeyMatchError where keys do not fit.
+    """
+    options = dict(kwargs)
+    current = _Load(strict=bool(options.pop("strict", False)))
+    path = args[0] if args else options.get("pretrained_model_name_or_path")
+    if path is not None and not options.get("gguf_file"):
+        _read_ahead(path, options)
+    token = _CURRENT.set(current)
+    try:
+        with paused_collector():
+            return from_pretrained(*args, **options)
+    finally:
+        _CURRENT.reset(token)
+
+
+def _read_ahead(path: Any, options: Mapping[str, Any]) -> None:
+    """Begin to read what is cold; whatever is wrong with the arguments, transformers will say."""
+    with suppress(FastloadError, TypeError):
+        files = FileOptions(
+            variant=options.get("variant"),
+            subfolder=options.get("subfolder") or "",
+            use_safetensors=options.get("use_safetensors"),
+        )
+        hub = HubOptions(revision=options.get("revision"), cache_dir=options.get("cache_dir"), local_files_only=True)
+        read_ahead_early(path, files, hub)
+
+
+def _check_keys(info: Any, path: object) -> None:
+    problems = [f"missing in the files: {row}" for row in collapse_keys(sorted(info.missing_keys))]
+    problems += [f"not in the model: {row}" for row in collapse_keys(sorted(info.unexpected_keys))]
+    problems += [
+        f"shape of {name}: {list(found)} in the files, {list(built)} in the model"
+        for name, found, built in sorted(info.mismatched_keys)
+    ]
+    if problems:
+        raise KeyMatchError(
+            f"the checkpoint does not fit the model ({len(problems)} problems)",
+            file=None if path is None else str(path),
+            found="\n            ".join(problems),
+            fix="load with the config that the checkpoint was saved with, rename keys with key_mapping, or pass "
+            "strict=False",
+        )

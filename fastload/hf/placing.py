@@ -1,0 +1,204 @@
+"""The loading stage of transformers, done by fastload's plan and placement: read, rename, fuse, cast, place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import SkipParameters
+from transformers.integrations.accelerate import expand_device_map
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from fastload.checkpoint import Checkpoint
+from fastload.detaching import detach
+from fastload.formats.specs import TensorSpec
+from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
+from fastload.hf.renaming import Source, rename_keys
+from fastload.hf.sources import GivenTensors, open_files
+from fastload.loader import remember_report
+from fastload.placement.cpu import place
+from fastload.placement.fused import place_fused
+from fastload.placement.network import read_from_network
+from fastload.plan.rows import Action
+from fastload.plan.slots import walk_modules
+from fastload.reports import LoadReport, Stopwatch
+from fastload.storage.mapping import MappedFile
+from fastload.storage.memory import private_bytes
+
+__all__ = ["place_weights"]
+
+_EXTRA_STATE = "_extra_state"
+
+
+@dataclass(slots=True)
+class _Opened:
+    """Where the tensors are: a checkpoint's files, or the caller's state dict."""
+
+    specs: Mapping[str, TensorSpec]
+    open_file: Callable[[str], MappedFile]
+    checkpoint: Checkpoint | None
+
+
+def place_weights(
+    model: Any, state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, asked: Any
+) -> LoadStateDictInfo:
+    """Fill a model built on meta, as `PreTrainedModel._load_pretrained_model` does.
+
+    Args:
+        model: the model.
+        state_dict: tensors by key, to be used instead of files.
+        files: paths of the weight files.
+        asked: transformers' LoadStateDictConfig of this load.
+
+    Raises:
+        FormatError: a file is not what it should be. What the files lack is in the result, as transformers has it.
+    """
+    clock = Stopwatch()
+    before_bytes = private_bytes()
+    with clock("open"):
+        opened = _open(state_dict, files, asked.sharded_metadata)
+    with clock("plan"):
+        wanted = model.state_dict()
+        transforms = asked.weight_mapping or []
+        renamed = rename_keys(opened.specs, transforms, model, wanted)
+        dtype_of = dtype_finder(asked.dtype_plan or {}, wanted)
+        device_of = _device_finder(asked.device_map, wanted)
+        weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of)
+    info = _info(wanted, weights)
+    with clock("place"):
+        bytes_by_action = _place(model, weights, opened, info, asked, dtype_of, device_of)
+        if asked.disable_mmap:
+            detach(model)
+    # Saving reverts what loading applied.
+    model._weight_conversions = [transform for transform in transforms if transform.was_used()]
+    after_bytes = private_bytes()
+    checkpoint = opened.checkpoint
+    report = LoadReport(
+        source=str(asked.pretrained_model_name_or_path or "the state dict"),
+        files=checkpoint.files if checkpoint else (),
+        format=checkpoint.format if checkpoint else "",
+        n_tensors=len(opened.specs) - len(renamed.unexpected),
+        n_bytes=sum(bytes_by_action.values()),
+        bytes_by_action=bytes_by_action,
+        stages_ms=clock.stages_ms,
+        private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
+        unexpected_keys=tuple(sorted(info.unexpected_keys)),
+        mismatched_keys=tuple((name, tuple(found), tuple(built)) for name, found, built in info.mismatched_keys),
+        notes=checkpoint.notes if checkpoint else (),
+    )
+    remember_report(model, report)
+    return info
+
+
+def _open(
+    state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, index: Mapping[str, Any] | None
+) -> _Opened:
+    if state_dict is not None:
+        given = GivenTensors(state_dict)
+        return _Opened(given.specs, lambda path: given, None)
+    assert files is not None
+    checkpoint = open_files(files, index and index.get("weight_map"))
+    checkpoint.read_ahead()
+    return _Opened(checkpoint.specs, checkpoint.open_file, checkpoint)
+
+
+def _device_finder(device_map: Mapping[str, Any] | None, names: Mapping[str, Any]) -> Callable[[str], str]:
+    """name -> device, by transformers' rules for device maps; what is to lie on disk is on the CPU first."""
+    if not device_map or set(device_map) == {""}:
+        only = _device_name((device_map or {}).get("", "cpu"))
+        return lambda name: only
+    devices = {name: _device_name(device) for name, device in expand_device_map(dict(device_map), list(names)).items()}
+    return devices.__getitem__
+
+
+def _device_name(device: Any) -> str:
+    return "cpu" if device == "disk" else str(torch.device(device))
+
+
+def _info(wanted: Mapping[str, Any], weights: WeightPlan) -> LoadStateDictInfo:
+    mismatched = weights.plan.mismatched
+    return LoadStateDictInfo(
+        missing_keys=set(wanted) - {name for name, _, _ in mismatched},
+        unexpected_keys=set(weights.plan.keys.unexpected),
+        mismatched_keys=set(mismatched),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+
+
+def _place(
+    model: Any,
+    weights: WeightPlan,
+    opened: _Opened,
+    info: LoadStateDictInfo,
+    asked: Any,
+    dtype_of: Callable[[str], torch.dtype],
+    device_of: Callable[[str], str],
+) -> dict[str, int]:
+    """Make all tensors and give them to the model. Returns bytes in the files by what was done with them."""
+    plan, open_file = weights.plan, opened.open_file
+    if opened.checkpoint is not None:
+        plan, open_file = read_from_network(plan, opened.checkpoint)
+    title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
+    tensors = place(plan, open_file, title=title)
+    fused, n_remapped_bytes = place_fused(plan, open_file, {})
+    modules = walk_modules(model)
+    _set(modules, tensors | fused, info)
+    for source in weights.conversions:
+        device = device_of(source.name)
+        on = "cpu" if source.converter.force_cpu else device
+        inputs = {
+            key: open_file(opened.specs[key].region.file).tensor(opened.specs[key]).to(on, dtype_of(source.name))
+            for keys in source.keys.values()
+            for key in keys
+        }
+        made = _converted(source, inputs, model, info)
+        _set(modules, {name: tensor.to(device) for name, tensor in made.items()}, info)
+    counts = plan.bytes_by_outcome(n_remapped_bytes)
+    if weights.n_conversion_bytes:
+        counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
+    return counts
+
+
+def _converted(
+    source: Source, inputs: Mapping[str, torch.Tensor], model: Any, info: LoadStateDictInfo
+) -> dict[str, torch.Tensor]:
+    """What transformers' own operations make; nothing where they fail, which the info then tells."""
+    converter = deepcopy(source.converter)
+    for pattern, keys in source.keys.items():
+        for key in keys:
+            converter.add_tensor(source.name, key, pattern, inputs[key])
+    try:
+        made = converter.convert(source.name, model=model, config=model.config, loading_info=info)
+    except SkipParameters:
+        return {}
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], info: LoadStateDictInfo) -> None:
+    """Put tensors into the modules, marked as loaded, so that transformers' ending does not initialise them."""
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        module = modules[prefix]
+        info.missing_keys.discard(name)
+        if last == _EXTRA_STATE:
+            module.set_extra_state(tensor)
+            continue
+        built = getattr(module, last)
+        if built is None:
+            info.unexpected_keys.add(name)
+        elif built.shape != tensor.shape:
+            info.mismatched_keys.add((name, tensor.shape, built.shape))
+        elif last in module._buffers:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._buffers[last] = tensor
+        else:
+            parameter = nn.Parameter(tensor, tensor.is_floating_point())
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[last] = parameter

@@ -1,0 +1,63 @@
+"""Where the weights of a load come from: files, or a state dict that the caller has in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fastload.checkpoint import Checkpoint
+from fastload.dtypes import from_torch
+from fastload.formats.index import checked_names
+from fastload.formats.specs import Region, TensorSpec
+from fastload.sources.local import CheckpointFiles
+from fastload.sources.names import FileFormat
+from fastload.storage.mapping import MappedFile
+
+__all__ = ["GivenTensors", "open_files"]
+
+
+def open_files(files: Sequence[str], weight_map: Mapping[str, str] | None) -> Checkpoint:
+    """The files that transformers resolved, opened as one checkpoint.
+
+    Args:
+        files: paths; those of the index first, in the order of their names, then others.
+        weight_map: key -> name of its file, where there is an index.
+
+    Raises:
+        IndexFileError: the index leaves its folder. transformers follows it wherever it leads.
+        FormatError: a file is not what it should be.
+    """
+    owners = None
+    if weight_map is not None:
+        names = checked_names(dict(weight_map), os.path.dirname(files[0]))
+        path_of = dict(zip(sorted(names), files, strict=False))
+        owners = {key: path_of[name] for key, name in weight_map.items()}
+    form: FileFormat = "safetensors" if files[0].endswith(".safetensors") else "bin"
+    found = CheckpointFiles(os.path.dirname(files[0]), form, tuple(files), weight_map=owners)
+    return Checkpoint(found, tolerant=True)
+
+
+class GivenTensors(MappedFile):
+    """A state dict with the face of a mapped file: its tensors are used as they are, and shared with the caller."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.path = "the state dict"
+        self._tensors = tensors
+        # The offsets only tell the tensors apart.
+        self.specs = {
+            key: TensorSpec(key, from_torch(tensor.dtype), tuple(tensor.shape), Region(self.path, at, tensor.nbytes))
+            for at, (key, tensor) in enumerate(tensors.items())
+        }
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """The caller's tensor, as a view."""
+        return self._tensors[spec.key][...]
+
+    def tensors(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+        """The caller's tensors, as views."""
+        return [self.tensor(spec) for spec in specs]
+
+    def release(self, region: Region) -> None:
+        """Nothing: the tensors are the caller's."""
