@@ -26,6 +26,7 @@ from fastload.hf.completing import complete, finalize
 from fastload.hf.counting import count_load
 from fastload.hf.handing_over import reason_to_hand_over
 from fastload.hf.placing import place_weights
+from fastload.initialisers import SkipInitialisers
 from fastload.options import FileOptions, HubOptions
 from fastload.pauses import paused_collector
 from fastload.prefetching import read_ahead_early
@@ -82,7 +83,8 @@ class Loading:
     @classmethod
     def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
         """The contexts in which transformers builds the model, entered by one load at a time."""
-        return [_one_at_a_time(), *super().get_init_context(*args, **kwargs)]  # type: ignore[misc]
+        contexts = super().get_init_context(*args, **kwargs)  # type: ignore[misc]
+        return [_one_at_a_time(), *contexts, SkipInitialisers()]
 
     @staticmethod
     def _load_pretrained_model(

@@ -15,36 +15,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from fastload.initialisers import SkipInitialisers
 
 __all__ = ["is_building_skeleton", "repeat_block", "skeleton"]
 
 Block = TypeVar("Block", bound=nn.Module)
 
-# The initialisers that torch itself offers to a torch function mode; skipping the outermost call saves the most.
-_INITIALISERS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        nn.init.uniform_,
-        nn.init.normal_,
-        nn.init.constant_,
-        nn.init.kaiming_uniform_,
-        nn.init.kaiming_normal_,
-    }
-)
-# What all other initialisers come down to.
-_FILLS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        torch.Tensor.uniform_,
-        torch.Tensor.normal_,
-        torch.Tensor.fill_,
-        torch.Tensor.zero_,
-        torch.Tensor.erfinv_,
-        torch.Tensor.clamp_,
-        torch.Tensor.mul_,
-        torch.Tensor.add_,
-        torch.Tensor.copy_,
-    }
-)
 _CONTAINERS = (dict, OrderedDict, set, list)
 _thread = threading.local()
 
@@ -58,7 +35,7 @@ def skeleton() -> Iterator[None]:
     before = is_building_skeleton()
     _thread.building = True
     try:
-        with torch.device("meta"), _SkipInitialisers():
+        with torch.device("meta"), SkipInitialisers():
             yield
     finally:
         _thread.building = before
@@ -81,20 +58,6 @@ def repeat_block(build: Callable[[int], Block], n_blocks: int) -> list[Block]:
     # The modes have nothing to do here, and would be asked at every access to a tensor.
     with torch._C.DisableTorchFunction():
         return [first, *(_copy_structure(first, index, {}) for index in range(1, n_blocks))]
-
-
-class _SkipInitialisers(TorchFunctionMode):
-    """Returns a meta tensor from an initialiser as it came. Real tensors (computed buffers) are initialised."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _INITIALISERS or func in _FILLS:
-            tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
 
 
 def _copy_structure(module: Any, layer_idx: int, copies: dict[int, Any]) -> Any:
