@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +23,12 @@ from fastload.sources.commit import FolderCommit
 from fastload.sources.names import candidates, shard_name
 from fastload.storage.sharing import byte_span
 from fastload.storage.writing import FileWriter
-from fastload.storing import as_bin, as_safetensors
+from fastload.storing import Stored, Write, as_bin, as_safetensors
 
 __all__ = ["SaveReport", "save_checkpoint", "save_state_dict"]
+
+# More than these do not write faster, and each may hold a copy of a tensor that is not contiguous.
+_MAX_WRITERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,12 @@ def save_checkpoint(
     max_shard_size: int | str = "5GB",
     safe_serialization: bool = True,
     variant: str | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     tied: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    shards: Sequence[Sequence[str]] | None = None,
+    n_parameters: int | None = None,
+    deferred: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     progress: Callable[[int], None] | None = None,
     sync: bool = True,
 ) -> SaveReport:
@@ -104,9 +112,13 @@ def save_checkpoint(
             is larger has a shard to itself.
         safe_serialization: True for safetensors, False for .bin.
         variant: the ``fp16`` of ``model.fp16.safetensors``.
-        extra_files: small files that belong to the checkpoint, such as config.json: name -> text.
+        extra_files: small files that belong to the checkpoint, such as config.json: name -> text or bytes.
         tied: key -> key of which it is a duplicate; of tensors that are the same memory, the latter is stored.
         metadata: text for ``__metadata__`` of safetensors files, beside ``{"format": "pt"}``.
+        shards: the keys of each shard, where they are to be divided in another way than by size.
+        n_parameters: what the index gives as ``total_parameters``; otherwise the elements of all tensors.
+        deferred: key of a tensor on the meta device -> what loads it, called when it is to be written, so that no
+            more than one such tensor need be in memory (of a .bin, those of one shard).
         progress: called with the number of bytes whenever some were written.
         sync: have the files on the disk before the old ones are given up, so that a power failure is as harmless
             as a kill. False leaves that to the operating system.
@@ -117,32 +129,33 @@ def save_checkpoint(
             in the folder is still there.
     """
     begin = time.perf_counter()
-    max_shard_bytes = parse_size(max_shard_size)
     options = FileOptions(variant=variant, use_safetensors=safe_serialization)
     single, index_name = candidates(options)[0].names
     small_files = _encoded(extra_files or {}, variant)
-    tensors = _collect(state_dict)
+    tensors = _collect(state_dict, deferred or {})
     if safe_serialization:
-        content = as_safetensors(tensors, tied or {}, _texts(metadata or {}))
+        content = as_safetensors(tensors, tied or {}, _texts(metadata or {}), deferred or {})
     elif metadata:
         raise OptionError("a .bin has no place for metadata", fix="save as safetensors, or leave metadata out")
     else:
-        content = as_bin(tensors)
-    shards = split_into_shards(content.sizes, max_shard_bytes, content.together)
+        content = as_bin(tensors, deferred or {})
+    shards = _divide(content, parse_size(max_shard_size), shards)
     names = [shard_name(single, number, len(shards)) for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [single]
     else:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        index = encode_index(weight_map, content.n_elements, content.n_bytes)
+        n_elements = content.n_elements if n_parameters is None else n_parameters
+        index = encode_index(weight_map, n_elements, content.n_bytes)
         small_files = {index_name: index.encode(), **small_files}
     # All that can be wrong with the tensors is told before the folder is touched.
     writes = {name: content.prepare(keys) for name, keys in zip(names, shards, strict=True)}
     writes |= {name: partial(_write_small, data) for name, data in small_files.items()}
-    with FolderCommit(os.path.abspath(folder), sync=sync, progress=progress) as commit:
-        for name, write in writes.items():
-            with commit.file(name) as writer:
-                write(writer)
+    # A torch.save in hand holds copies of its shard; what is on a device or yet to be loaded has its own order.
+    in_parallel = safe_serialization and all(tensor.device.type == "cpu" for tensor in tensors.values())
+    tell = _Progress(progress)
+    with FolderCommit(os.path.abspath(folder), sync=sync, progress=tell) as commit:
+        _write_all(commit, writes, min(len(shards), _MAX_WRITERS) if in_parallel else 1, tell)
         removed = commit.commit(name for name in commit.names() if _is_weights(name, variant))
     return SaveReport(
         folder=os.fspath(folder),
@@ -154,7 +167,60 @@ def save_checkpoint(
     )
 
 
-def _collect(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+class _Progress:
+    """Progress of several threads told one at a time; and what ends their writing when one of them failed."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self.is_abandoned = False
+
+    def __call__(self, n_bytes: int) -> None:
+        with self._lock:
+            if self.is_abandoned:
+                raise SaveError("the save was abandoned, because another file could not be written")
+            if self._progress is not None:
+                self._progress(n_bytes)
+
+
+def _write_all(commit: FolderCommit, writes: Mapping[str, Write], n_writers: int, progress: _Progress) -> None:
+    def write(name: str) -> None:
+        with commit.file(name) as writer:
+            writes[name](writer)
+
+    if n_writers == 1:
+        for name in writes:
+            write(name)
+        return
+    with ThreadPoolExecutor(n_writers, thread_name_prefix="fastload-save") as pool:
+        try:
+            for future in as_completed([pool.submit(write, name) for name in writes]):
+                future.result()
+        except BaseException:
+            progress.is_abandoned = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _divide(content: Stored, max_shard_bytes: int, shards: Sequence[Sequence[str]] | None) -> list[list[str]]:
+    """The keys of each shard: as given, or by size."""
+    if shards is None:
+        return split_into_shards(content.sizes, max_shard_bytes, content.together)
+    number_of = {key: number for number, keys in enumerate(shards) for key in keys}
+    numbers: dict[Hashable, set[int | None]] = {}
+    for key, group in content.together.items():
+        numbers.setdefault(group, set()).add(number_of.get(key))
+    divided = [group for group in numbers.values() if len(group) > 1]
+    if sum(map(len, shards)) != len(number_of) or number_of.keys() != content.sizes.keys() or divided:
+        raise OptionError(
+            "the shards are not a division of the tensors",
+            expected="each key that is stored in one shard, and tensors that share memory in the same",
+            found=", ".join(sorted(number_of.keys() ^ content.sizes.keys())) or "a key that is there twice, or apart",
+        )
+    return [list(keys) for keys in shards]
+
+
+def _collect(state_dict: Mapping[str, torch.Tensor], deferred: Container[str]) -> dict[str, torch.Tensor]:
     """The tensors without their gradients, each one that a file can hold; an error names all others."""
     tensors: dict[str, torch.Tensor] = {}
     on_meta, problems = [], []
@@ -162,7 +228,7 @@ def _collect(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         problem = _problem(key, value)
         if problem is not None:
             problems.append(f"{key!r} {problem}")
-        elif value.is_meta or value.untyped_storage().device.type == "meta":
+        elif key not in deferred and (value.is_meta or value.untyped_storage().device.type == "meta"):
             on_meta.append(key)
         else:
             tensors[key] = value.detach().resolve_conj().resolve_neg()
@@ -208,14 +274,14 @@ def _is_wrapper(value: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(value)
 
 
-def _encoded(texts: Mapping[str, str], variant: str | None) -> dict[str, bytes]:
+def _encoded(texts: Mapping[str, str | bytes], variant: str | None) -> dict[str, bytes]:
     """The small files as bytes, under names that no other file of the checkpoint can have."""
     for name in texts:
         is_plain = os.path.basename(name) == name and name not in ("", ".", "..")
         if not is_plain or name.startswith(".fastload") or _is_weights(name, variant):
             raise OptionError("not a name for a file beside the weights", expected="a plain name", found=repr(name))
     try:
-        return {name: text.encode() for name, text in texts.items()}
+        return {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
     except UnicodeEncodeError as error:
         raise OptionError("the text of a file is not Unicode", found=str(error)) from None
 

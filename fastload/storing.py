@@ -10,12 +10,14 @@ from typing import IO, TypeAlias, cast
 import torch
 
 from fastload import dtypes
+from fastload.errors import SaveError
 from fastload.formats.safetensors import encode_header
 from fastload.storage.sharing import find_clusters, identity, rehouse
 from fastload.storage.writing import FileWriter, TorchSaveTarget, tensor_bytes
 
-__all__ = ["Stored", "as_bin", "as_safetensors"]
+__all__ = ["Stored", "Write", "as_bin", "as_safetensors"]
 
+Deferred: TypeAlias = Mapping[str, Callable[[], torch.Tensor]]
 Write: TypeAlias = Callable[[FileWriter], None]
 
 
@@ -41,16 +43,22 @@ class Stored:
         return sum(self.sizes.values())
 
 
-def as_safetensors(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str], metadata: Mapping[str, str]) -> Stored:
+def as_safetensors(
+    tensors: Mapping[str, torch.Tensor],
+    tied: Mapping[str, str],
+    metadata: Mapping[str, str],
+    deferred: Deferred,
+) -> Stored:
     """Tensors that are the same memory are stored under one name.
 
     The metadata of the shard notes the other names, as ``safetensors.torch.save_model`` does. Tensors that share
     only a part of their memory are stored in full, each.
 
     Args:
-        tensors: dense tensors with values, on any device.
+        tensors: dense tensors, on any device.
         tied: key -> key of which it is a duplicate, and which is the one to be stored.
         metadata: text to store beside ``{"format": "pt"}``.
+        deferred: key of a tensor on the meta device -> what loads it.
     """
     metadata = {"format": "pt", **metadata}
     groups: dict[Hashable, list[str]] = defaultdict(list)
@@ -72,7 +80,7 @@ def as_safetensors(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str],
         def write(writer: FileWriter) -> None:
             writer.write(header)
             for key in offsets:
-                writer.write(tensor_bytes(stored[key]))
+                writer.write(tensor_bytes(_value(key, stored[key], deferred)))
 
         return write
 
@@ -84,8 +92,13 @@ def as_safetensors(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str],
     )
 
 
-def as_bin(tensors: Mapping[str, torch.Tensor]) -> Stored:
-    """Every name, on storages that are no larger than their tensors and shared as those are."""
+def as_bin(tensors: Mapping[str, torch.Tensor], deferred: Deferred) -> Stored:
+    """Every name, on storages that are no larger than their tensors and shared as those are.
+
+    Args:
+        tensors: dense tensors, on any device.
+        deferred: key of a tensor on the meta device -> what loads it.
+    """
     cluster_of = {key: cluster for cluster in find_clusters(tensors) for key in cluster.keys}
     counted = set()
     sizes, n_elements = {}, 0
@@ -100,7 +113,10 @@ def as_bin(tensors: Mapping[str, torch.Tensor]) -> Stored:
             shard = dict.fromkeys(keys)
             type_at: dict[int, torch.dtype] = {}
             for cluster in {id(cluster_of[key]): cluster_of[key] for key in keys}.values():
-                members = [tensors[key] for key in cluster.keys]
+                members = [_value(key, tensors[key], deferred) for key in cluster.keys]
+                if cluster.keys[0] in deferred:
+                    # What was just loaded is found where it happens to lie.
+                    cluster = find_clusters({cluster.keys[0]: members[0]})[0]
                 dtype = members[0].dtype
                 housed = rehouse(cluster, members)
                 # torch.save refuses memory that is seen as two types.
@@ -117,3 +133,18 @@ def as_bin(tensors: Mapping[str, torch.Tensor]) -> Stored:
 
     together = {key: id(cluster) for key, cluster in cluster_of.items() if len(cluster.keys) > 1}
     return Stored(sizes, dict(together), n_elements, prepare)
+
+
+def _value(key: str, tensor: torch.Tensor, deferred: Deferred) -> torch.Tensor:
+    """The tensor that is to be written, loaded if need be. SaveError if it is not the one that was announced."""
+    if key not in deferred:
+        return tensor
+    value = deferred[key]().detach().resolve_conj().resolve_neg()
+    if (value.shape, value.dtype) != (tensor.shape, tensor.dtype) or value.is_meta:
+        raise SaveError(
+            "a tensor that was to be loaded for saving is another one",
+            key=key,
+            expected=f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+            found=f"{value.dtype} of shape {tuple(value.shape)} on {value.device}",
+        )
+    return value

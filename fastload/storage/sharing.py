@@ -19,8 +19,8 @@ _ALIGNMENT_BYTES = 16
 
 
 def identity(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that are the same elements of the same memory; None for one without elements."""
-    if tensor.numel() == 0:
+    """Equal for tensors that are the same elements of the same memory; None for one that has no memory."""
+    if tensor.numel() == 0 or tensor.is_meta:
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
@@ -50,7 +50,8 @@ def find_clusters(tensors: Mapping[str, torch.Tensor]) -> list[Cluster]:
     spans: dict[Hashable, list[tuple[int, int, str]]] = defaultdict(list)
     for key, tensor in tensors.items():
         memory = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.dtype)
-        spans[memory if tensor.numel() else key].append((*byte_span(tensor), key))
+        has_memory = tensor.numel() and not tensor.is_meta
+        spans[memory if has_memory else key].append((*byte_span(tensor), key))
     clusters = []
     for ranges in spans.values():
         begin, end = 0, 0
