@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
-__all__ = ["SkipInitialisers"]
+__all__ = ["BuildOnMeta"]
 
 # The initialisers that torch itself offers to a torch function mode; skipping the outermost call saves the most.
 _INITIALISERS: frozenset[Callable[..., Any]] = frozenset(
@@ -40,8 +41,16 @@ _FILLS: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
-class SkipInitialisers(TorchFunctionMode):
-    """Returns a meta tensor from an initialiser as it came. Real tensors (computed buffers) are initialised."""
+class BuildOnMeta(TorchFunctionMode):
+    """New tensors are on meta unless a device is named, and initialisers of meta tensors return them as they came.
+
+    What ``torch.device("meta")`` does, and more, in one mode: each that is active is asked about every torch function.
+    Real tensors (computed buffers) are initialised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constructors = _device_constructors()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -51,4 +60,6 @@ class SkipInitialisers(TorchFunctionMode):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
+        elif func in self._constructors and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
         return func(*args, **kwargs)

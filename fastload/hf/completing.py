@@ -36,6 +36,7 @@ def finalize(model: Any, asked: Any, info: Any) -> tuple[Any, list[str]]:
         move(*args, **kwargs)
         made.update(_computed_buffers(model))
 
+    _mark_loaded_modules(model)
     model.__dict__[_MOVE] = move_and_remember
     try:
         info = PreTrainedModel._finalize_model_loading(model, asked, info)
@@ -83,6 +84,18 @@ def complete(model: Any, untouched: Iterable[str], rebuild: Callable[[], Any] | 
             found=f"{len(left)} tensors without",
             fix="register them as buffers, or compute them with device='cpu'",
         )
+
+
+def _mark_loaded_modules(model: nn.Module) -> None:
+    """Tell transformers that torch's own modules whose tensors are all loaded need no `_init_weights`.
+
+    It would call that for each, and find every tensor marked as loaded. Other modules may compute something there.
+    """
+    for module in walk_modules(model).values():
+        if type(module).__module__.startswith("torch.nn."):
+            tensors = [*module._parameters.values(), *module._buffers.values()]
+            if all(tensor is None or getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _built_for_real(model: Any, rebuild: Callable[[], Any]) -> Any:

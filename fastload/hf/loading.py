@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 
 from fastload.errors import FastloadError, KeyMatchError
@@ -26,7 +27,7 @@ from fastload.hf.completing import complete, finalize
 from fastload.hf.counting import count_load
 from fastload.hf.handing_over import reason_to_hand_over
 from fastload.hf.placing import place_weights
-from fastload.initialisers import SkipInitialisers
+from fastload.initialisers import BuildOnMeta
 from fastload.options import FileOptions, HubOptions
 from fastload.pauses import paused_collector
 from fastload.prefetching import read_ahead_early
@@ -84,7 +85,8 @@ class Loading:
     def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
         """The contexts in which transformers builds the model, entered by one load at a time."""
         contexts = super().get_init_context(*args, **kwargs)  # type: ignore[misc]
-        return [_one_at_a_time(), *contexts, SkipInitialisers()]
+        on_meta = torch.device("meta")
+        return [_one_at_a_time(), *(BuildOnMeta() if context == on_meta else context for context in contexts)]
 
     @staticmethod
     def _load_pretrained_model(

@@ -63,7 +63,7 @@ def place_weights(
     with clock("open"):
         opened = _open(state_dict, files, asked.sharded_metadata)
     with clock("plan"):
-        wanted = model.state_dict()
+        wanted = _state_of(model)
         transforms = asked.weight_mapping or []
         renamed = rename_keys(opened.specs, transforms, model, wanted)
         dtype_of = dtype_finder(asked.dtype_plan or {}, wanted)
@@ -93,6 +93,31 @@ def place_weights(
     )
     remember_report(model, report)
     return info
+
+
+def _state_of(model: nn.Module) -> dict[str, Any]:
+    """The model's state dict, without its hooks and a call per module where there are none."""
+    modules = walk_modules(model)
+    plain = nn.Module
+    for module in modules.values():
+        kind = type(module)
+        if (
+            module._state_dict_hooks
+            or module._state_dict_pre_hooks
+            or kind.state_dict is not plain.state_dict
+            or kind._save_to_state_dict is not plain._save_to_state_dict
+            or kind.get_extra_state is not plain.get_extra_state
+        ):
+            return model.state_dict()
+    state: dict[str, Any] = {}
+    for prefix, module in modules.items():
+        dot = f"{prefix}." if prefix else ""
+        state.update((dot + name, tensor) for name, tensor in module._parameters.items() if tensor is not None)
+        hidden = module._non_persistent_buffers_set
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in hidden:
+                state[dot + name] = buffer
+    return state
 
 
 def _open(

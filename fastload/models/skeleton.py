@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fastload.initialisers import SkipInitialisers
+from fastload.initialisers import BuildOnMeta
 
 __all__ = ["is_building_skeleton", "repeat_block", "skeleton"]
 
@@ -35,7 +35,7 @@ def skeleton() -> Iterator[None]:
     before = is_building_skeleton()
     _thread.building = True
     try:
-        with torch.device("meta"), SkipInitialisers():
+        with BuildOnMeta():
             yield
     finally:
         _thread.building = before
