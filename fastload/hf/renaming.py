@@ -121,10 +121,10 @@ class _Asker:
             pieces, pattern = self._ask_form(texts)
             names: dict[tuple[str, ...], list[str]] = {}
             for _, key, parts in members:
-                numbers = tuple([parts[at] for at in pieces if type(at) is int])
+                numbers = tuple([parts[at] for at in pieces if isinstance(at, int)])
                 same = names.get(numbers)
                 if same is None:
-                    name = "".join([parts[at] if type(at) is int else at for at in pieces])
+                    name = "".join([parts[at] if isinstance(at, int) else at for at in pieces])
                     name, taken_by = self._checked(key, name, pattern)
                     same = names[numbers] = answers.setdefault(name, {}).setdefault(taken_by, [])
                     if same:
