@@ -3,7 +3,8 @@
 A fused tensor (all experts of a layer, say) is kept as many small tensors in the files. Where the bytes of a piece
 have the same place within a page in the file as in the fused tensor, the file's pages themselves are mapped at that
 place (`mmap` with MAP_FIXED); only the pages that a piece shares with its neighbours are copied. Pieces that do not
-agree are read into place. Either way there is never a second copy, and what was mapped stays shared page cache until
+agree are read into place. A page that two pieces share is mapped with the first, and the second's part written into
+it. Either way there is never a second copy, and what was mapped stays shared page cache until
 it is written to.
 
 Linux keeps at most vm.max_map_count mappings a process (65,530 by default), so the number made here is budgeted.
@@ -52,6 +53,14 @@ class FilePiece(NamedTuple):
     n_bytes: int
 
 
+class _Part(NamedTuple):
+    """Whole pages of a file that are mapped for a run; first and end are counted from the page the range begins in."""
+
+    run: FilePiece
+    first: int
+    end: int
+
+
 class Layout(NamedTuple):
     """A range of memory that holds the pieces.
 
@@ -85,28 +94,25 @@ def lay_out(pieces: Iterable[FilePiece], n_bytes: int, itemsize: int) -> Layout:
     """
     runs = _runs(pieces)
     shift = _best_shift(runs, itemsize)
-    mapped = [run for run in runs if (run.file_offset - run.offset) % _PAGE == shift and _whole_pages(run, shift)]
-    # A mapping in the midst of another splits it: two for each run, and the range itself.
-    n_mappings = 2 * len(mapped) + 1
+    parts = _mapped_parts(runs, shift)
+    n_mappings = _n_mappings(parts, shift + n_bytes)
     if not _BUDGET.take(n_mappings):
-        mapped, n_mappings = [], 0
+        parts, n_mappings = [], 0
     try:
         buffer = _reserve(n_bytes, shift, n_mappings)
     except BaseException:
         _BUDGET.give_back(n_mappings)
         raise
-    address = ctypes.addressof(buffer)
     descriptors = {file: _open(file) for file in {run.file for run in runs}}
     try:
         _check_sizes(runs, descriptors)
-        reads = _map_runs(mapped, address, shift, descriptors)
-        in_pages = set(mapped)
-        reads += [run for run in runs if run not in in_pages]
+        _map_parts(parts, ctypes.addressof(buffer) - shift, shift, descriptors)
+        reads = _not_mapped(runs, parts, shift)
         _read_runs(reads, memoryview(buffer).cast("B"), descriptors)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    n_copied = sum(run.n_bytes for run in reads)
+    n_copied = sum(run.n_bytes for run in reads) + _n_shared_bytes(parts, reads, shift)
     return Layout(buffer, n_bytes - n_copied, n_copied)
 
 
@@ -174,11 +180,47 @@ def _best_shift(runs: list[FilePiece], itemsize: int) -> int:
     return bytes_by_shift.most_common(1)[0][0] if bytes_by_shift else 0
 
 
-def _whole_pages(run: FilePiece, shift: int) -> tuple[int, int] | None:
-    """The part of a run that fills whole pages, as [begin, end) in the range; None if it fills none."""
-    begin = -(-(shift + run.offset) // _PAGE) * _PAGE - shift
-    end = (shift + run.offset + run.n_bytes) // _PAGE * _PAGE - shift
-    return (begin, end) if end > begin else None
+def _mapped_parts(runs: list[FilePiece], shift: int) -> list[_Part]:
+    """The pages of runs that can be mapped, by destination; a page that two share belongs to the first."""
+    parts: list[_Part] = []
+    taken = 0
+    for run in runs:
+        begin, end = shift + run.offset, shift + run.offset + run.n_bytes
+        if (run.file_offset - begin) % _PAGE == 0 and -(-begin // _PAGE) < end // _PAGE:
+            first, taken = max(begin // _PAGE * _PAGE, taken), -(-end // _PAGE) * _PAGE
+            parts.append(_Part(run, first, taken))
+    return parts
+
+
+def _n_mappings(parts: list[_Part], length: int) -> int:
+    """One for each part, and for each stretch of the range between them."""
+    edges = [0, *(edge for _, first, end in parts for edge in (first, end)), -(-length // _PAGE) * _PAGE]
+    return len(parts) + sum(begin < end for begin, end in zip(edges[::2], edges[1::2], strict=True))
+
+
+def _not_mapped(runs: list[FilePiece], parts: list[_Part], shift: int) -> list[FilePiece]:
+    """What must be read: runs without a part, and beginnings of runs that lie in another part's page."""
+    first_of = {run: first - shift for run, first, _ in parts}
+    reads = []
+    for run in runs:
+        n_bytes = min(first_of.get(run, run.offset + run.n_bytes) - run.offset, run.n_bytes)
+        if n_bytes > 0:
+            reads.append(run._replace(n_bytes=n_bytes))
+    return reads
+
+
+def _n_shared_bytes(parts: list[_Part], reads: list[FilePiece], shift: int) -> int:
+    """Bytes of parts in pages that something is read into; the kernel has copied these."""
+    written = {edge // _PAGE for run in reads for edge in (shift + run.offset, shift + run.offset + run.n_bytes - 1)}
+    n_shared = 0
+    for run, first, end in parts:
+        begin = max(shift + run.offset, first)
+        finish = shift + run.offset + run.n_bytes
+        if begin // _PAGE in written:
+            n_shared += min(begin // _PAGE * _PAGE + _PAGE, finish) - begin
+        if end // _PAGE - 1 in written and finish // _PAGE * _PAGE > begin:
+            n_shared += finish % _PAGE
+    return n_shared
 
 
 def _reserve(n_bytes: int, shift: int, n_mappings: int) -> ctypes.Array[ctypes.c_char]:
@@ -199,24 +241,15 @@ def _release(base: int, length: int, n_mappings: int) -> None:
     _BUDGET.give_back(n_mappings)
 
 
-def _map_runs(mapped: list[FilePiece], address: int, shift: int, descriptors: dict[str, int]) -> list[FilePiece]:
-    """Map the whole pages of runs; returns what is left of them, before and behind."""
+def _map_parts(parts: list[_Part], base: int, shift: int, descriptors: dict[str, int]) -> None:
     map_pages = _libc().mmap
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-    rest: list[FilePiece] = []
-    for run in mapped:
-        file, file_offset, offset, n_bytes = run
-        begin, end = _whole_pages(run, shift) or (offset, offset)
-        at = file_offset + begin - offset
-        if map_pages(address + begin, end - begin, protection, flags, descriptors[file], at) != address + begin:
+    for (file, file_offset, offset, _), first, end in parts:
+        at = file_offset + first - (shift + offset)
+        if map_pages(base + first, end - first, protection, flags, descriptors[file], at) != base + first:
             raise UnreadableFileError(
                 "pages of a weight file cannot be mapped", file=file, found=os.strerror(ctypes.get_errno())
             )
-        if begin > offset:
-            rest.append(FilePiece(file, file_offset, offset, begin - offset))
-        if end < offset + n_bytes:
-            rest.append(FilePiece(file, at + end - begin, end, offset + n_bytes - end))
-    return rest
 
 
 def _read_runs(runs: list[FilePiece], destination: memoryview, descriptors: dict[str, int]) -> None:
