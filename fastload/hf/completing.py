@@ -1,13 +1,14 @@
 """The ending of a load: transformers' own, and what it leaves without values.
 
-Buffers that no file has are computed by a constructor, which ran on meta. transformers makes them anew, uninitialised,
-and relies on `_init_weights` to compute them; a class whose author did not know that keeps garbage, and tensors that
-are plain attributes stay on meta. Here whatever nobody wrote is taken from a model that was built for real.
+Tensors that no file has (a new head, buffers that a constructor computes) were made on meta. transformers makes them
+anew, uninitialised, and relies on `_init_weights` to write them; a class whose author did not know that keeps garbage,
+and tensors that are plain attributes stay on meta. Here what nobody wrote is taken from a model that is built for real.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,63 +20,72 @@ from fastload.errors import IncompleteModelError
 from fastload.plan.slots import walk_modules
 from fastload.reports import collapse_keys
 
-__all__ = ["complete", "finalize"]
+__all__ = ["finish"]
 
 _MOVE = "_move_missing_keys_from_meta_to_device"
+_Modules = Mapping[str, nn.Module]
 
 
-def finalize(model: Any, asked: Any, info: Any) -> tuple[Any, list[str]]:
-    """transformers' ending. Returns its info, and the names of buffers that it made and did not write.
+def finish(model: Any, asked: Any, info: Any, rebuild: Callable[[], Any] | None) -> Any:
+    """End a load as `PreTrainedModel._finalize_model_loading` does, and leave nothing without a value.
 
-    torch counts the writes to a tensor; a buffer that is still the one that was made, and was never written, has none.
+    torch counts the writes to a tensor. One that was made here and has as many as then was written by nobody.
+
+    Args:
+        model: the model, its weights placed.
+        asked: transformers' LoadStateDictConfig.
+        info: what is missing, unexpected, mismatched.
+        rebuild: builds the model once more.
+
+    Returns:
+        transformers' info.
+
+    Raises:
+        IncompleteModelError: something has no values even then.
     """
-    made: dict[str, torch.Tensor] = {}
+    modules = walk_modules(model)
+    made: dict[str, tuple[torch.Tensor, int]] = {}
     move = getattr(model, _MOVE)
 
-    def move_and_remember(*args: Any, **kwargs: Any) -> None:
-        move(*args, **kwargs)
-        made.update(_computed_buffers(model))
+    def move_and_remember(missing: set[str], *args: Any, **kwargs: Any) -> None:
+        move(missing, *args, **kwargs)
+        names = [*(missing - model.all_tied_weights_keys.keys()), *_computed_buffers(modules)]
+        made.update(
+            (name, (tensor, tensor._version)) for name in names if (tensor := _tensor(modules, name)) is not None
+        )
 
-    _mark_loaded_modules(model)
+    _mark_loaded_modules(modules)
     model.__dict__[_MOVE] = move_and_remember
     try:
         info = PreTrainedModel._finalize_model_loading(model, asked, info)
     finally:
         del model.__dict__[_MOVE]
-    now = dict(_computed_buffers(model))
     untouched = [
-        name for name, tensor in made.items() if now.get(name) is tensor and not tensor._version and tensor.numel()
+        name
+        for name, (tensor, version) in made.items()
+        if tensor is _tensor(modules, name) and tensor._version == version and tensor.numel()
     ]
-    return info, untouched
+    if untouched or any(_meta_attributes(modules)):
+        _complete(model, modules, untouched, rebuild)
+    return info
 
 
-def complete(model: Any, untouched: Iterable[str], rebuild: Callable[[], Any] | None) -> None:
-    """Give buffers and attributes without values those of a model that is built for real.
-
-    Args:
-        model: the model, loaded.
-        untouched: names of buffers that hold whatever was in memory.
-        rebuild: builds the model once more.
-
-    Raises:
-        IncompleteModelError: something has no values even then.
-    """
-    attributes = list(_meta_attributes(model))
-    if not untouched and not attributes:
-        return
-    twin = _built_for_real(model, rebuild) if rebuild is not None else model
-    owners, twins = walk_modules(model), walk_modules(twin)
-    with torch.no_grad():
-        for name in untouched:
-            prefix, _, last = name.rpartition(".")
-            source = twins[prefix]._buffers[last]
-            if source is not None and not source.is_meta:
-                owners[prefix]._buffers[last].copy_(source)  # type: ignore[union-attr]
-    for prefix, name in attributes:
-        source = twins[prefix].__dict__.get(name)
-        if isinstance(source, torch.Tensor) and not source.is_meta:
-            owners[prefix].__dict__[name] = source.to(_device_of(owners[prefix], model))
-    left = [f"{prefix}.{name}".lstrip(".") for prefix, name in _meta_attributes(model)]
+def _complete(model: Any, modules: _Modules, untouched: list[str], rebuild: Callable[[], Any] | None) -> None:
+    """Give tensors and attributes without values those of a model that is built for real."""
+    if rebuild is not None:
+        # Only parameters and what is saved beside them may need an initialiser.
+        is_initialised = not set(untouched) <= set(_computed_buffers(modules))
+        twins = walk_modules(_built_for_real(model, rebuild, is_initialised))
+        with torch.no_grad():
+            for name in untouched:
+                source = _tensor(twins, name)
+                if source is not None and not source.is_meta:
+                    _tensor(modules, name).copy_(source)  # type: ignore[union-attr]
+        for prefix, name in list(_meta_attributes(modules)):
+            source = twins[prefix].__dict__.get(name)
+            if isinstance(source, torch.Tensor) and not source.is_meta:
+                modules[prefix].__dict__[name] = source.to(_device_of(modules[prefix], model))
+    left = [f"{prefix}.{name}".lstrip(".") for prefix, name in _meta_attributes(modules)]
     if left:
         raise IncompleteModelError(
             "the model would not be whole: tensors that its constructor computes on meta",
@@ -86,22 +96,22 @@ def complete(model: Any, untouched: Iterable[str], rebuild: Callable[[], Any] | 
         )
 
 
-def _mark_loaded_modules(model: nn.Module) -> None:
+def _mark_loaded_modules(modules: _Modules) -> None:
     """Tell transformers that torch's own modules whose tensors are all loaded need no `_init_weights`.
 
     It would call that for each, and find every tensor marked as loaded. Other modules may compute something there.
     """
-    for module in walk_modules(model).values():
+    for module in modules.values():
         if type(module).__module__.startswith("torch.nn."):
             tensors = [*module._parameters.values(), *module._buffers.values()]
             if all(tensor is None or getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _built_for_real(model: Any, rebuild: Callable[[], Any]) -> Any:
-    """The model once more, on the CPU; its parameters are allocated, and not written."""
+def _built_for_real(model: Any, rebuild: Callable[[], Any], is_initialised: bool) -> Any:
+    """The model once more, on the CPU. Without initialisers its parameters are allocated and not written."""
     dtype = torch.get_default_dtype()
-    with torch.device("cpu"), no_init_weights(), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), nullcontext() if is_initialised else no_init_weights():
         torch.set_default_dtype(model.config.dtype if isinstance(model.config.dtype, torch.dtype) else dtype)
         try:
             return rebuild()
@@ -109,17 +119,24 @@ def _built_for_real(model: Any, rebuild: Callable[[], Any]) -> Any:
             torch.set_default_dtype(dtype)
 
 
-def _computed_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, module in walk_modules(model).items():
+def _tensor(modules: _Modules, name: str) -> torch.Tensor | None:
+    """A parameter or buffer by name."""
+    prefix, _, last = name.rpartition(".")
+    module = modules[prefix]
+    parameter = module._parameters.get(last)
+    return module._buffers.get(last) if parameter is None else parameter
+
+
+def _computed_buffers(modules: _Modules) -> Iterator[str]:
+    """Names of the buffers that no file has."""
+    for prefix, module in modules.items():
         for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
-            if buffer is not None:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+            yield f"{prefix}.{name}" if prefix else name
 
 
-def _meta_attributes(model: nn.Module) -> Iterator[tuple[str, str]]:
+def _meta_attributes(modules: _Modules) -> Iterator[tuple[str, str]]:
     """(module, attribute) of tensors on meta that are neither parameters nor buffers."""
-    for prefix, module in walk_modules(model).items():
+    for prefix, module in modules.items():
         for name, value in module.__dict__.items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 yield prefix, name

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastload.errors import FastloadError, KeyMatchError
-from fastload.hf.completing import complete, finalize
+from fastload.hf.completing import finish
 from fastload.hf.counting import count_load
 from fastload.hf.handing_over import reason_to_hand_over
 from fastload.hf.placing import place_weights
@@ -109,8 +109,7 @@ class Loading:
         with _GLOBALS_LOCK:
             if current is None or not current.is_fast:
                 return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-            info, untouched = finalize(model, load_config, loading_info)
-            complete(model, untouched, current.rebuild)
+            info = finish(model, load_config, loading_info, current.rebuild)
         if current.strict:
             _check_keys(info, load_config.pretrained_model_name_or_path)
         return info

@@ -63,7 +63,8 @@ def place_weights(
     with clock("open"):
         opened = _open(state_dict, files, asked.sharded_metadata)
     with clock("plan"):
-        wanted = _state_of(model)
+        modules = walk_modules(model)
+        wanted = _state_of(model, modules)
         transforms = asked.weight_mapping or []
         renamed = rename_keys(opened.specs, transforms, model, wanted)
         dtype_of = dtype_finder(asked.dtype_plan or {}, wanted)
@@ -71,7 +72,7 @@ def place_weights(
         weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of)
     info = _info(wanted, weights)
     with clock("place"):
-        bytes_by_action = _place(model, weights, opened, info, asked, dtype_of, device_of)
+        bytes_by_action = _place(model, modules, weights, opened, info, asked, dtype_of, device_of)
         if asked.disable_mmap:
             detach(model)
     # Saving reverts what loading applied.
@@ -95,9 +96,8 @@ def place_weights(
     return info
 
 
-def _state_of(model: nn.Module) -> dict[str, Any]:
+def _state_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The model's state dict, without its hooks and a call per module where there are none."""
-    modules = walk_modules(model)
     plain = nn.Module
     for module in modules.values():
         kind = type(module)
@@ -159,6 +159,7 @@ def _info(wanted: Mapping[str, Any], weights: WeightPlan) -> LoadStateDictInfo:
 
 def _place(
     model: Any,
+    modules: Mapping[str, nn.Module],
     weights: WeightPlan,
     opened: _Opened,
     info: LoadStateDictInfo,
@@ -173,7 +174,6 @@ def _place(
     title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
     tensors = place(plan, open_file, title=title)
     fused, n_remapped_bytes = place_fused(plan, open_file, {})
-    modules = walk_modules(model)
     _set(modules, tensors | fused, info)
     for source in weights.conversions:
         device = device_of(source.name)
