@@ -90,6 +90,9 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
+    if home is None and name.startswith("AutoModelFor"):
+        # A task that no native family has: transformers' class, loaded by fastload.
+        home = "fastload.hf"
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

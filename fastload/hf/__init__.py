@@ -37,6 +37,9 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
+    if home != "fastload.hf.counting" and (home or name.startswith("Auto")):
+        # Says what to install before anything here imports it.
+        import_module("fastload.hf.versions").unsupported_reason()
     if home is not None:
         value = getattr(import_module(home), name)
     elif name.startswith("Auto"):

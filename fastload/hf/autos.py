@@ -14,7 +14,7 @@ from fastload.hf.loading import loading_class
 from fastload.hf.switching import enabled
 from fastload.hf.versions import unsupported_reason
 
-__all__ = ["auto_class", "auto_names"]
+__all__ = ["auto_class", "auto_names", "knows_family"]
 
 
 def auto_names() -> list[str]:
@@ -43,6 +43,11 @@ def auto_class(name: str) -> Any:
     mapping = _LoadingMapping(original._model_mapping)
     methods = {"from_pretrained": classmethod(from_pretrained), "_model_mapping": mapping}
     return type(name, (original,), names | methods)
+
+
+def knows_family(model_type: str) -> bool:
+    """Whether the installed transformers has a model type."""
+    return model_type in transformers.CONFIG_MAPPING
 
 
 def _is_auto(value: Any) -> bool:

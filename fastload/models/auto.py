@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastload.errors import ConfigError
 from fastload.models import registry
+from fastload.models.backend import Backend, left_to_transformers, transformers_class
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file, read_config_file
 from fastload.options import FileOptions, HubOptions, reject_unknown
@@ -62,6 +63,7 @@ class AutoConfig(_NeverBuilt):
         *,
         return_unused_kwargs: bool = False,
         subfolder: str = "",
+        backend: Backend | None = None,
         **options: Any,
     ) -> Any:
         """The config of a checkpoint folder, a config file, or a hub id.
@@ -70,6 +72,7 @@ class AutoConfig(_NeverBuilt):
             path: where the config is.
             return_unused_kwargs: return also the keywords that are no field, instead of raising TypeError.
             subfolder: folder below the checkpoint's that holds the config.
+            backend: "native" or "transformers" where it shall be a config of that, whatever the family.
             options: options of ``HubOptions``; fields and the values they get instead of the file's. ``model_type``
                 names the family of a config that does not say.
 
@@ -82,6 +85,11 @@ class AutoConfig(_NeverBuilt):
         values = read_config_file(file)
         if "model_type" in options:
             values["model_type"] = options.pop("model_type")
+        if left_to_transformers(values, backend, file=file):
+            given = {name: getattr(hub, name) for name in ("revision", "token", "cache_dir") if getattr(hub, name)}
+            return transformers_class("AutoConfig").from_pretrained(
+                path, return_unused_kwargs=return_unused_kwargs, subfolder=subfolder, **given, **options
+            )
         found = registry.config_class_for(registry.family_of(values, file=file))
         config, unused = found._from_values(values, {"name_or_path": path, **options}, file)
         if return_unused_kwargs:
@@ -125,22 +133,30 @@ class AutoModel(_NeverBuilt):
         cls,
         path: str | os.PathLike[str],
         *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        config: Any = None,
+        backend: Backend | None = None,
         **options: Any,
     ) -> Any:
         """Load a checkpoint into the class that its config says.
+
+        The class is fastload's where it has the family, and transformers' own (loaded through `fastload.hf`) otherwise.
+        That depends on the family alone, and not on what is installed.
 
         Args:
             path: folder of the checkpoint, or id of a model on the hub.
             model_args: further positional arguments of the model's constructor.
             config: used instead of the checkpoint's; a config, or where one is.
+            backend: "native" or "transformers" where it shall be that, whatever the family.
             options: options of ``PreTrainedModel.from_pretrained``; fields of the config and the values they get.
 
         Raises:
             ConfigError: see ``AutoConfig.from_pretrained``; also a family without a model for this class.
+            MissingDependencyError: transformers is needed and not installed.
             FastloadError: see ``PreTrainedModel.from_pretrained``.
             TypeError: a keyword that is neither an option nor a field.
         """
+        if not isinstance(config, (PreTrainedConfig, str, os.PathLike, type(None))):
+            return cls._from_transformers(path, model_args, config, options)
         if not isinstance(config, PreTrainedConfig):
             kept = {name: options.pop(name) for name in (*_HUB_OPTIONS, *_LOAD_OPTIONS) if name in options}
             hub = HubOptions(**{name: kept[name] for name in _HUB_OPTIONS if name in kept})
@@ -149,8 +165,10 @@ class AutoModel(_NeverBuilt):
             if config is None:
                 # Weights of the commit that the config is of, even if someone pushes in between.
                 kept["revision"] = pinned(hub, file).revision
+            if left_to_transformers(read_config_file(file), backend, file=file):
+                return cls._from_transformers(path, model_args, config, {**options, **kept})
             # What is no field of the config may be an option of loading; the model's class tells.
-            config, options = AutoConfig.from_pretrained(file, return_unused_kwargs=True, **options)
+            config, options = AutoConfig.from_pretrained(file, return_unused_kwargs=True, backend="native", **options)
             options |= {**kept, "subfolder": subfolder}
         if "torch" not in sys.modules:
             # The import below takes seconds, in which a cold checkpoint can be read.
@@ -161,12 +179,16 @@ class AutoModel(_NeverBuilt):
     @classmethod
     def from_config(
         cls,
-        config: PreTrainedConfig,
+        config: Any,
         *,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
     ) -> Any:
         """A model with random weights. Raises ConfigError where the config's family has none for this class."""
+        if not isinstance(config, PreTrainedConfig):
+            chosen = {"dtype": dtype, "attn_implementation": attn_implementation}
+            given = {name: value for name, value in chosen.items() if value is not None}
+            return transformers_class(cls.task).from_config(config, **given)
         return cls._class_of(config, None)._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
     @classmethod
@@ -176,6 +198,17 @@ class AutoModel(_NeverBuilt):
         """Make a model class of one's own the choice for a config class. Raises OptionError where there is one."""
         model_type = registry.model_type_of(config_class) or config_class.model_type
         registry.register(model_type, config_class, {cls.task: model_class}, exist_ok=exist_ok)
+
+    @classmethod
+    def _from_transformers(
+        cls, path: str | os.PathLike[str], model_args: tuple[Any, ...], config: Any, options: dict[str, Any]
+    ) -> Any:
+        """A model of transformers' class for the same task; the options are theirs, but for fastload's own."""
+        if options.pop("detached", False):
+            options["disable_mmap"] = True
+        if config is not None:
+            options["config"] = config
+        return transformers_class(cls.task).from_pretrained(path, *model_args, **options)
 
     @classmethod
     def _class_of(cls, config: PreTrainedConfig, file: str | None) -> type[PreTrainedModel]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastload.errors import ConfigError, OptionError
 
-__all__ = ["Family", "class_for", "config_class_for", "family_of", "native_families", "register"]
+__all__ = ["Family", "class_for", "config_class_for", "family_of", "is_native", "native_families", "register"]
 
 # "module:Name", imported when needed, or a class that a user has registered.
 Reference = str | type[Any]
@@ -83,6 +83,15 @@ def register(
             fix="choose another model_type, or pass exist_ok=True",
         )
     _FAMILIES[model_type] = Family(config, {**old.tasks, **tasks})
+
+
+def is_native(values: Mapping[str, Any]) -> bool:
+    """Whether a config's fields are of a family that is known here, or at least of no other one."""
+    model_type, architectures = values.get("model_type"), values.get("architectures")
+    if model_type is not None or not architectures:
+        return model_type in (None, *_FAMILIES)
+    names = {_name(model) for family in _FAMILIES.values() for model in family.tasks.values()}
+    return isinstance(architectures, list) and not names.isdisjoint(map(str, architectures))
 
 
 def family_of(values: Mapping[str, Any], *, file: str | None) -> str:
@@ -160,5 +169,5 @@ def _not_native(problem: str, key: str, found: object, file: str | None) -> Conf
         key=key,
         expected=f"one of the native families: {', '.join(families)}",
         found="nothing" if found is None else repr(found),
-        fix=f"{fix}use the class of the model itself, or register the family with AutoConfig.register",
+        fix=f"{fix}register the family with AutoConfig.register, or use a transformers that has it",
     )

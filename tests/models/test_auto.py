@@ -172,7 +172,7 @@ def test_no_model_is_imported_to_choose_a_config(folder: Path) -> None:
     ("values", "key", "shown"),
     [
         ({"model_type": "brt"}, "model_type", "did you mean 'bert'"),
-        ({"model_type": "llama", "architectures": ["BertModel"]}, "model_type", "'llama'"),
+        ({"model_type": "llaama", "architectures": ["BertModel"]}, "model_type", "'llaama'"),
         ({"model_type": 3}, "model_type", "3"),
         ({"model_type": ["bert"]}, "model_type", "['bert']"),
         ({}, "model_type", "nothing"),
