@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from suite.loaders import Loader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LLAMA_LOADERS", "MOE_LOADERS"]
+__all__ = ["DEVICE_MAP_LOADERS", "LLAMA_LOADERS", "MOE_LOADERS"]
 
+_N_ENTRIES = 404
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
 
 
@@ -63,9 +65,29 @@ def _fastload_moe(folder: Path, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def _transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
+def _fastload_hf(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    from fastload.hf import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+
+
+def _transformers(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
     _, model_class = _classes(folder)
-    return model_class.from_pretrained(folder, dtype=dtype or "auto")
+    return model_class.from_pretrained(folder, dtype=dtype or "auto", **options)
+
+
+def _with_device_map(load: Callable[..., Any]) -> Callable[[Path], Any]:
+    """A load with an entry for every parameter and for many modules: 404 in all, as large models' maps have."""
+
+    return lambda folder: load(folder, device_map=_device_map(folder))
+
+
+@cache
+def _device_map(folder: Path) -> dict[str, str]:
+    skeleton = _skeleton(folder)
+    modules = [name for name, _ in skeleton.named_modules() if name]
+    names = [name for name, _ in skeleton.named_parameters()] + modules
+    return dict.fromkeys(names[:_N_ENTRIES], "cpu")
 
 
 def _accelerate(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -139,6 +161,7 @@ def _with_fused_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 LLAMA_LOADERS = {
     "fastload": Loader("safetensors", _fastload_llama),
+    "fastload.hf": Loader("safetensors", _fastload_hf),
     "transformers": Loader("safetensors", _transformers),
     "accelerate": Loader("safetensors", _accelerate),
     "safetensors": Loader("safetensors", _safetensors),
@@ -150,6 +173,11 @@ LLAMA_LOADERS = {
 }
 MOE_LOADERS = {
     "fastload": Loader("safetensors", _fastload_moe),
+    "fastload.hf": Loader("safetensors", _fastload_hf),
     "transformers": Loader("safetensors", _transformers),
     "safetensors": Loader("safetensors", _safetensors_moe),
+}
+DEVICE_MAP_LOADERS = {
+    "fastload": Loader("safetensors", _with_device_map(_fastload_hf)),
+    "transformers": Loader("safetensors", _with_device_map(_transformers)),
 }

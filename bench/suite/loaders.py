@@ -35,6 +35,12 @@ def _fastload(folder: Path, dtype: torch.dtype | None = None) -> Any:
     return BertModel.from_pretrained(folder, dtype=dtype or "auto")
 
 
+def _fastload_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    from fastload.hf import AutoModel
+
+    return AutoModel.from_pretrained(folder, dtype=dtype or "auto")
+
+
 def _transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
     from transformers import BertModel
 
@@ -75,6 +81,7 @@ def _by_hand(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype | 
 
 BERT_LOADERS = {
     "fastload": Loader("safetensors", _fastload),
+    "fastload.hf": Loader("safetensors", _fastload_hf),
     "transformers": Loader("safetensors", _transformers),
     "safetensors": Loader("safetensors", _safetensors),
     "fastload .bin": Loader("bin", _fastload),

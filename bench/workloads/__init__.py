@@ -15,6 +15,7 @@ WORKLOADS: dict[str, Workload] = {
         first_output.BERT,
         load.BERT,
         load.LLAMA,
+        load.DEVICE_MAP,
         memory.SAME_TYPE,
         memory.CAST,
         whole.MOE,

@@ -45,7 +45,7 @@ def _in_turns(
 
 
 def _measure_moe(rounds: int) -> Outcome:
-    measured = _in_turns("moe", moe, ("fastload", "transformers", "safetensors"), "same", rounds)
+    measured = _in_turns("moe", moe, ("fastload", "fastload.hf", "transformers", "safetensors"), "same", rounds)
     n_bytes = n_weight_bytes(moe())
     targets = (
         at_least(
@@ -54,12 +54,21 @@ def _measure_moe(rounds: int) -> Outcome:
             lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
             measured.samples,
         ),
-        at_most(
-            "private memory / weights",
-            5,
-            lambda value: value("fastload", "growth_bytes") / n_bytes * 100,
+        at_least(
+            "transformers / fastload.hf",
+            12,
+            lambda value: value("transformers", "seconds") / value("fastload.hf", "seconds"),
             measured.samples,
-            unit="%",
+        ),
+        *(
+            at_most(
+                f"{ours}: private memory / weights",
+                5,
+                lambda value, ours=ours: value(ours, "growth_bytes") / n_bytes * 100,
+                measured.samples,
+                unit="%",
+            )
+            for ours in ("fastload", "fastload.hf")
         ),
     )
     return Outcome(rounds=measured, metric="seconds", n_bytes=n_bytes, targets=targets)
@@ -67,13 +76,19 @@ def _measure_moe(rounds: int) -> Outcome:
 
 def _measure_cast(rounds: int) -> Outcome:
     n_cast_bytes = 2 * n_weight_bytes(llama_1b())
-    loaders = ("fastload", "transformers", "accelerate", "safetensors")
+    loaders = ("fastload", "fastload.hf", "transformers", "accelerate", "safetensors")
     measured = _in_turns("llama", llama_1b, loaders, "float32", rounds, n_cast_bytes)
     targets = (
         at_least(
             "transformers / fastload",
             1.3,
             lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
+            measured.samples,
+        ),
+        at_least(
+            "transformers / fastload.hf",
+            1.3,
+            lambda value: value("transformers", "seconds") / value("fastload.hf", "seconds"),
             measured.samples,
         ),
         at_most(
