@@ -50,9 +50,11 @@ def finish(model: Any, asked: Any, info: Any, rebuild: Callable[[], Any] | None)
     def move_and_remember(missing: set[str], *args: Any, **kwargs: Any) -> None:
         move(missing, *args, **kwargs)
         names = [*(missing - model.all_tied_weights_keys.keys()), *_computed_buffers(modules)]
-        made.update(
-            (name, (tensor, tensor._version)) for name in names if (tensor := _tensor(modules, name)) is not None
-        )
+        for name in names:
+            tensor = _tensor(modules, name)
+            # Those made in inference mode count no writes.
+            if tensor is not None and not tensor.is_inference():
+                made[name] = tensor, tensor._version
 
     _mark_loaded_modules(modules)
     model.__dict__[_MOVE] = move_and_remember

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,6 +171,10 @@ def _place(
     plan, open_file = weights.plan, opened.open_file
     if opened.checkpoint is not None:
         plan, open_file = read_from_network(plan, opened.checkpoint)
+    else:
+        # There are no pages of a file to be mapped.
+        gathered = (row._replace(action=Action.GATHER) if row.action is Action.REMAP else row for row in plan.fused)
+        plan = replace(plan, fused=tuple(gathered))
     title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
     tensors = place(plan, open_file, title=title)
     fused, n_remapped_bytes = place_fused(plan, open_file, {})

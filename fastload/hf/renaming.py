@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
@@ -23,9 +24,6 @@ __all__ = ["Renamed", "Source", "rename_keys"]
 
 # A number between dots, as in "layers.11.weight".
 _NUMBER = re.compile(r"(?:(?<=\.)|^)([0-9]+)(?=\.|$)")
-# What stands in a form for its first number; the next ones follow. No pattern knows them.
-_STAND_IN = 7_310_000_000
-_STOOD_IN = re.compile(r"(731[0-9]{7})")
 # A digit in a pattern that is not the name of a group, the end of "any number" or the count of a group's use.
 _KNOWS_NUMBERS = re.compile(r"[0-9]|\\d(?!\+)")
 _GROUP_NAME = re.compile(r"\(\?P<g[0-9]+>")
@@ -108,16 +106,15 @@ class _Asker:
 
     def ask_by_form(self, keys: Iterable[str]) -> _Answers:
         """Ask once about all keys that differ in numbers only."""
-        forms: dict[str, list[tuple[tuple[int, ...], str, list[str]]]] = {}
+        forms: dict[tuple[str, ...], list[tuple[tuple[int, ...], str, list[str]]]] = {}
         for key in keys:
             parts = _NUMBER.split(key)
-            members = forms.setdefault("#".join(parts[::2]), [])
+            members = forms.setdefault(tuple(parts[::2]), [])
             members.append((tuple(map(int, parts[1::2])), key, parts))
         answers: _Answers = {}
         unsorted: list[list[str]] = []
-        for members in forms.values():
+        for texts, members in forms.items():
             members.sort()
-            texts = members[0][2][::2]
             pieces, pattern = self._ask_form(texts)
             names: dict[tuple[str, ...], list[str]] = {}
             for _, key, parts in members:
@@ -134,13 +131,15 @@ class _Asker:
             same.sort(key=natural_order)
         return answers
 
-    def _ask_form(self, texts: list[str]) -> tuple[list[str | int], str | None]:
+    def _ask_form(self, texts: tuple[str, ...]) -> tuple[list[str | int], str | None]:
         """The name for a form, as texts and as places in the parts of a key, and the converter's pattern."""
-        stand_ins = [str(_STAND_IN + index) for index in range(len(texts) - 1)]
+        # What stands for the numbers is found again in the name, and is in none of the texts.
+        lead = next(lead for lead in map(str, count(731)) if lead not in "".join(texts))
+        stand_ins = [f"{lead}{index:07}" for index in range(len(texts) - 1)]
         key = "".join([text + number for text, number in zip(texts, (*stand_ins, ""), strict=True)])
         name, pattern = rename_source_key(key, self.renamings, self.converters)
         place = {number: 2 * index + 1 for index, number in enumerate(stand_ins)}
-        return [place.get(piece, piece) for piece in _STOOD_IN.split(name)], pattern
+        return [place.get(piece, piece) for piece in re.split(f"({lead}[0-9]{{7}})", name)], pattern
 
     def _checked(self, key: str, name: str, pattern: str | None) -> tuple[str, str | None]:
         """The name with the base model's prefix added or dropped, or that of the key itself, if these are wanted."""
