@@ -28,8 +28,6 @@ def reason_to_hand_over(model: Any, state_dict: Any, files: Any, asked: Any) -> 
     if asked.device_mesh is not None or getattr(model, "_pp_stage", None) is not None:
         return "a device mesh (tensor or pipeline parallelism)"
     devices = {str(device) for device in (asked.device_map or {}).values()}
-    if "disk" in devices:
-        return "offload to disk"
     if "mps" in devices:
         return "device mps"
     if state_dict is None and not files:

@@ -26,6 +26,7 @@ from fastload.errors import FastloadError, KeyMatchError
 from fastload.hf.completing import finish
 from fastload.hf.counting import count_load
 from fastload.hf.handing_over import reason_to_hand_over
+from fastload.hf.offloading import DiskWeights
 from fastload.hf.placing import place_weights
 from fastload.initialisers import BuildOnMeta
 from fastload.options import FileOptions, HubOptions
@@ -47,11 +48,13 @@ class _Load:
         strict: raise where keys do not fit.
         rebuild: builds the model again as it was built for this load.
         is_fast: whether fastload placed the weights.
+        disk: what stays on disk.
     """
 
     strict: bool
     rebuild: Callable[[], Any] | None = None
     is_fast: bool = False
+    disk: DiskWeights | None = None
 
 
 _CURRENT: ContextVar[_Load | None] = ContextVar("fastload_hf_load", default=None)
@@ -101,7 +104,10 @@ class Loading:
         current = _CURRENT.get()
         if current is not None:
             current.is_fast = True
-        return place_weights(model, state_dict, checkpoint_files, load_config), None
+        info, disk = place_weights(model, state_dict, checkpoint_files, load_config)
+        if current is not None:
+            current.disk = disk
+        return info, None if disk is None else disk.index
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -110,6 +116,8 @@ class Loading:
             if current is None or not current.is_fast:
                 return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
             info = finish(model, load_config, loading_info, current.rebuild)
+        if current.disk is not None:
+            current.disk.keep(model, load_config)
         if current.strict:
             _check_keys(info, load_config.pretrained_model_name_or_path)
         return info
@@ -143,7 +151,10 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     token = _CURRENT.set(current)
     try:
         with paused_collector():
-            return from_pretrained(*args, **options)
+            loaded = from_pretrained(*args, **options)
+        if current.disk is not None:
+            current.disk.attach(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
     finally:
         _CURRENT.reset(token)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
 from fastload.formats.specs import TensorSpec
+from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan
 from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
@@ -46,7 +48,7 @@ class _Opened:
 
 def place_weights(
     model: Any, state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, asked: Any
-) -> LoadStateDictInfo:
+) -> tuple[LoadStateDictInfo, DiskWeights | None]:
     """Fill a model built on meta, as `PreTrainedModel._load_pretrained_model` does.
 
     Args:
@@ -54,6 +56,9 @@ def place_weights(
         state_dict: tensors by key, to be used instead of files.
         files: paths of the weight files.
         asked: transformers' LoadStateDictConfig of this load.
+
+    Returns:
+        transformers' account of the keys, and what stays on disk, if there is a device map that says so.
 
     Raises:
         FormatError: a file is not what it should be. What the files lack is in the result, as transformers has it.
@@ -70,9 +75,17 @@ def place_weights(
         dtype_of = dtype_finder(asked.dtype_plan or {}, wanted)
         device_of = _device_finder(asked.device_map, wanted)
         weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of)
+        on_disk = names_on_disk(model, wanted, asked)
+        weights, left = split_plan(weights, on_disk)
     info = _info(wanted, weights)
     with clock("place"):
-        bytes_by_action = _place(model, modules, weights, opened, info, asked, dtype_of, device_of)
+        convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
+        bytes_by_action, sources = _place(modules, weights, opened, info, asked, convert, on_disk)
+        disk = None
+        if on_disk:
+            convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
+            disk = DiskWeights(left, sources, opened.specs, opened.checkpoint or opened.open_file, convert)
+            _mark(modules, disk, info)
         if asked.disable_mmap:
             detach(model)
     # Saving reverts what loading applied.
@@ -93,7 +106,7 @@ def place_weights(
         notes=checkpoint.notes if checkpoint else (),
     )
     remember_report(model, report)
-    return info
+    return info, disk
 
 
 def _state_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -158,16 +171,19 @@ def _info(wanted: Mapping[str, Any], weights: WeightPlan) -> LoadStateDictInfo:
 
 
 def _place(
-    model: Any,
     modules: Mapping[str, nn.Module],
     weights: WeightPlan,
     opened: _Opened,
     info: LoadStateDictInfo,
     asked: Any,
-    dtype_of: Callable[[str], torch.dtype],
-    device_of: Callable[[str], str],
-) -> dict[str, int]:
-    """Make all tensors and give them to the model. Returns bytes in the files by what was done with them."""
+    convert: Convert,
+    on_disk: frozenset[str],
+) -> tuple[dict[str, int], dict[str, Source]]:
+    """Make all tensors and give them to the model.
+
+    Returns:
+        Bytes in the files by what was done with them, and the sources of what is converted and stays on disk.
+    """
     plan, open_file = weights.plan, opened.open_file
     if opened.checkpoint is not None:
         plan, open_file = read_from_network(plan, opened.checkpoint)
@@ -179,35 +195,38 @@ def _place(
     tensors = place(plan, open_file, title=title)
     fused, n_remapped_bytes = place_fused(plan, open_file, {})
     _set(modules, tensors | fused, info)
+    left: dict[str, Source] = {}
     for source in weights.conversions:
-        device = device_of(source.name)
-        on = "cpu" if source.converter.force_cpu else device
-        inputs = {
-            key: open_file(opened.specs[key].region.file).tensor(opened.specs[key]).to(on, dtype_of(source.name))
-            for keys in source.keys.values()
-            for key in keys
-        }
-        made = _converted(source, inputs, model, info)
-        _set(modules, {name: tensor.to(device) for name, tensor in made.items()}, info)
+        # What stays on disk is made too, for its names, and to tell now what cannot be made.
+        made = convert(source, open_file)
+        left |= dict.fromkeys(on_disk.intersection(made), source)
+        _set(modules, {name: tensor for name, tensor in made.items() if name not in on_disk}, info)
     counts = plan.bytes_by_outcome(n_remapped_bytes)
     if weights.n_conversion_bytes:
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
-    return counts
+    return counts, left
 
 
 def _converted(
-    source: Source, inputs: Mapping[str, torch.Tensor], model: Any, info: LoadStateDictInfo
+    model: Any,
+    specs: Mapping[str, TensorSpec],
+    info: LoadStateDictInfo | None,
+    dtype_of: Callable[[str], torch.dtype],
+    device_of: Callable[[str], str],
+    source: Source,
+    open_file: OpenFile,
 ) -> dict[str, torch.Tensor]:
-    """What transformers' own operations make; nothing where they fail, which the info then tells."""
-    converter = deepcopy(source.converter)
+    """What transformers' own operations make. Where they fail, nothing, and the info tells; without one that raises."""
+    converter, dtype, device = deepcopy(source.converter), dtype_of(source.name), device_of(source.name)
     for pattern, keys in source.keys.items():
         for key in keys:
-            converter.add_tensor(source.name, key, pattern, inputs[key])
+            tensor = open_file(specs[key].region.file).tensor(specs[key])
+            converter.add_tensor(source.name, key, pattern, tensor.to("cpu" if converter.force_cpu else device, dtype))
     try:
         made = converter.convert(source.name, model=model, config=model.config, loading_info=info)
     except SkipParameters:
         return {}
-    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+    return {name: (tensor[0] if isinstance(tensor, list) else tensor).to(device) for name, tensor in made.items()}
 
 
 def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], info: LoadStateDictInfo) -> None:
@@ -231,3 +250,11 @@ def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], 
             parameter = nn.Parameter(tensor, tensor.is_floating_point())
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             module._parameters[last] = parameter
+
+
+def _mark(modules: Mapping[str, nn.Module], names: Iterable[str], info: LoadStateDictInfo) -> None:
+    """Mark tensors as loaded that stay as they are: without memory."""
+    for name in names:
+        prefix, _, last = name.rpartition(".")
+        getattr(modules[prefix], last)._is_hf_initialized = True
+        info.missing_keys.discard(name)

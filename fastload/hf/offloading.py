@@ -1,0 +1,238 @@
+"""What a device map leaves on disk: read from the original files whenever a forward needs it.
+
+The hooks of accelerate ask a map of weights for a module's parameters before its forward, and forget them after it.
+transformers gives them a map that opens a file anew for every parameter of every forward, and before that saves once
+more whatever is not in a safetensors file as the model needs it. Here the map is the plan itself: a row is carried out
+when it is asked for. A tensor that needs no change is a view of its file, which is mapped once; one that is fused or
+converted is made for the forward, and dies after it.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.integrations.accelerate import expand_device_map
+
+from fastload.checkpoint import Checkpoint
+from fastload.dtypes import to_torch
+from fastload.formats.specs import TensorSpec
+from fastload.hf.planning import WeightPlan
+from fastload.hf.renaming import Source
+from fastload.placement.cpu import place
+from fastload.placement.fused import place_fused
+from fastload.plan.keys import KeyMatch
+from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
+from fastload.storage.mapping import MappedFile
+
+__all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan"]
+
+OpenFile = Callable[[str], MappedFile]
+Convert = Callable[[Source, OpenFile], Mapping[str, torch.Tensor]]
+"""What transformers' own operations make of a source."""
+
+_NO_KEYS = KeyMatch({}, (), (), ())
+# Here an open file can be opened once more, whatever has taken its name.
+_DESCRIPTORS = "/proc/self/fd"
+
+
+def names_on_disk(model: Any, wanted: Mapping[str, Any], asked: Any) -> frozenset[str]:
+    """The tensors that get no memory.
+
+    Those that the device map means, but for one that is tied to a tensor in memory: it is that tensor.
+
+    Args:
+        model: the model, built.
+        wanted: its state dict.
+        asked: transformers' LoadStateDictConfig.
+    """
+    meant = _meant_for_disk(model, wanted, asked)
+    ties: dict[str, set[str]] = defaultdict(set)
+    for target, source in model.all_tied_weights_keys.items() if meant else ():
+        ties[source] |= {target, source}
+    return meant.difference(*(tied for tied in ties.values() if not tied <= meant))
+
+
+def split_plan(weights: WeightPlan, on_disk: frozenset[str]) -> tuple[WeightPlan, list[PlanRow | FusedRow]]:
+    """The plan without the rows of tensors that stay on disk, and these rows. Conversions stay in the plan."""
+    if not on_disk:
+        return weights, []
+    plan = weights.plan
+    left: list[PlanRow | FusedRow] = [row for row in plan.rows if row.fqn in on_disk]
+    left += [row for row in plan.fused if row.fqn in on_disk]
+    rows = tuple(row for row in plan.rows if row.fqn not in on_disk)
+    fused = tuple(row for row in plan.fused if row.fqn not in on_disk)
+    return replace(weights, plan=replace(plan, rows=rows, fused=fused)), left
+
+
+class DiskWeights(Mapping[str, torch.Tensor]):
+    """The weights that accelerate's hooks ask for, by name.
+
+    Its files are held: they stay what they are, whatever takes their names, until this ends with the model.
+
+    Attributes:
+        index: what transformers' offload index would say; other libraries look into it. Of a tensor that is in no
+            safetensors file as the model needs it, it does not say the key.
+
+    Args:
+        rows: the plan for these tensors.
+        sources: name -> what transformers' own operations make the tensor of.
+        specs: the files' tensors by key.
+        files: the checkpoint; or what opens "the file" of a state dict in memory.
+        convert: runs these operations.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[PlanRow | FusedRow],
+        sources: Mapping[str, Source],
+        specs: Mapping[str, TensorSpec],
+        files: Checkpoint | OpenFile,
+        convert: Convert,
+    ) -> None:
+        self._rows: dict[str, PlanRow | FusedRow] = {row.fqn: row for row in rows}
+        self._sources = dict(sources)
+        self._convert = convert
+        self._device = torch.device("cpu")
+        self._in_memory: dict[str, torch.Tensor] = {}
+        self._same_as: dict[str, str] = {}
+        self._buffers: frozenset[str] = frozenset()
+        self.index = {name: _index_entry(row, specs) for name, row in self._rows.items()}
+        self.index |= {name: {} for name in sources}
+        if isinstance(files, Checkpoint):
+            self._files: dict[str, MappedFile] = {}
+            self._open_file: OpenFile = self._files.__getitem__
+            keys = [key for source in sources.values() for matched in source.keys.values() for key in matched]
+            self._hold([specs[key] for key in keys], files)
+        else:
+            self._open_file = files
+            self._rows = {name: _gathered(row) for name, row in self._rows.items()}
+
+    def keep(self, model: Any, asked: Any) -> None:
+        """Keep in memory what is meant for disk and in no file, now that the load has given it values.
+
+        It was initialised, or is tied to a tensor in memory. In transformers the forward then fails.
+        """
+        state = model.state_dict(keep_vars=True)
+        name_of = {id(state[name]): name for name in (*self._rows, *self._sources)}
+        for name in _meant_for_disk(model, state, asked).difference(self._rows, self._sources):
+            if not state[name].is_meta:
+                self._in_memory[name] = state[name].detach()
+                self.index[name] = {}
+            elif id(state[name]) in name_of:
+                self._same_as[name] = name_of[id(state[name])]
+                self.index[name] = self.index[self._same_as[name]]
+        self._buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Have the hooks of a dispatched model ask here: they share one loader, which asks its state dict first."""
+        for module in model.modules():
+            hook = getattr(module, "_hf_hook", None)
+            for single in getattr(hook, "hooks", (hook,)):
+                loader = getattr(getattr(single, "weights_map", None), "dataset", None)
+                if loader is not None:
+                    self._in_memory |= loader.state_dict
+                    self._device = torch.device(loader.device or "cpu")
+                    loader.state_dict = self
+                    return
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._in_memory.get(name)
+        if tensor is not None:
+            return tensor
+        name = self._same_as.get(name, name)
+        # A forward under inference mode must leave nothing in the open files that a later one could not use.
+        with torch.inference_mode(False), torch.no_grad():
+            tensor = self._made(name)
+            if name in self._buffers or self._device.type != "cpu":
+                # Forwards write to buffers, and do not mean the next one to see it. And a driver that copies from
+                # a private mapping breaks its copy-on-write first, page by page.
+                tensor = tensor.clone()
+            return tensor.to(self._device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index or name in self._in_memory
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index | self._in_memory)
+
+    def __len__(self) -> int:
+        return len(self.index | self._in_memory)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiskWeights:
+        """Copies of a model share it: it is only read."""
+        return self
+
+    def _made(self, name: str) -> torch.Tensor:
+        row = self._rows.get(name)
+        if row is None:
+            return self._convert(self._sources[name], self._open_file)[name]
+        if isinstance(row, FusedRow):
+            return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, {})[0][name]
+        tensor = place(LoadPlan((row,), _NO_KEYS), self._open_file, title=name)[name]
+        if row.action in (Action.COPY, Action.DECODE):
+            # The file remembers what it had to copy.
+            self._open_file(row.spec.region.file).release(row.spec.region)
+        return tensor
+
+    def _hold(self, converted: Iterable[TensorSpec], checkpoint: Checkpoint) -> None:
+        """Map the files once, and open those whose pages will be laid side by side, under a path that stays good."""
+        specs = list(converted)
+        paths: dict[str, str] = {}
+        for name, row in self._rows.items():
+            if not isinstance(row, FusedRow):
+                specs.append(row.spec)
+                continue
+            if row.action is Action.REMAP and os.path.isdir(_DESCRIPTORS):
+                for piece in row.spec.pieces:
+                    file = piece.spec.region.file
+                    if file not in paths:
+                        paths[file] = self._path_of_its_own(file)
+                self._rows[name] = _moved(row, paths)
+                continue
+            specs += [piece.spec for piece in row.spec.pieces]
+            self._rows[name] = _gathered(row)
+        for path in {spec.region.file for spec in specs}:
+            self._files[path] = MappedFile(path, checkpoint.n_file_bytes(path))
+
+    def _path_of_its_own(self, path: str) -> str:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        return f"{_DESCRIPTORS}/{descriptor}"
+
+
+def _meant_for_disk(model: Any, names: Mapping[str, Any], asked: Any) -> frozenset[str]:
+    """What accelerate's hooks will ask for: buffers only if these are to be offloaded too."""
+    if "disk" not in map(str, (asked.device_map or {}).values()):
+        return frozenset()
+    devices = expand_device_map(asked.device_map, list(names))
+    on_disk = {name for name, value in names.items() if devices[name] == "disk" and isinstance(value, torch.Tensor)}
+    if not asked.offload_buffers:
+        on_disk.difference_update(name for name, _ in model.named_buffers(remove_duplicate=False))
+    return frozenset(on_disk)
+
+
+def _index_entry(row: PlanRow | FusedRow, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    spec = row.spec.pieces[0].spec if isinstance(row, FusedRow) else row.spec
+    entry = {"safetensors_file": spec.region.file, "dtype": str(to_torch(row.dtype)).removeprefix("torch.")}
+    is_as_needed = specs[spec.key] == row.spec and spec.region.file.endswith(".safetensors")
+    return entry | {"weight_name": spec.key} if is_as_needed else entry
+
+
+def _gathered(row: PlanRow | FusedRow) -> PlanRow | FusedRow:
+    """A row that needs no pages of a file."""
+    return row._replace(action=Action.GATHER) if row.action is Action.REMAP else row
+
+
+def _moved(row: FusedRow, paths: Mapping[str, str]) -> FusedRow:
+    """A row whose pieces are in files of other paths."""
+    pieces = []
+    for piece in row.spec.pieces:
+        region = piece.spec.region
+        pieces.append(piece._replace(spec=piece.spec._replace(region=region._replace(file=paths[region.file]))))
+    return row._replace(spec=row.spec._replace(pieces=tuple(pieces)))
