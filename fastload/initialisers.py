@@ -58,7 +58,8 @@ class BuildOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _INITIALISERS or func in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            # An empty tensor goes on, for the warning that torch gives.
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.numel():
                 return tensor
         elif func in self._constructors and kwargs.get("device") is None:
             kwargs["device"] = "meta"

@@ -101,10 +101,11 @@ def _complete(model: Any, modules: _Modules, untouched: list[str], rebuild: Call
 def _mark_loaded_modules(modules: _Modules) -> None:
     """Tell transformers that torch's own modules whose tensors are all loaded need no `_init_weights`.
 
-    It would call that for each, and find every tensor marked as loaded. Other modules may compute something there.
+    It would call that for each, and find every tensor marked as loaded. Other modules may compute something there; and
+    where a weight is computed from parameters (weight norm), what it draws from the random generator counts.
     """
     for module in modules.values():
-        if type(module).__module__.startswith("torch.nn."):
+        if type(module).__module__.startswith("torch.nn.modules.") and not module._forward_pre_hooks:
             tensors = [*module._parameters.values(), *module._buffers.values()]
             if all(tensor is None or getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
                 module._is_hf_initialized = True  # type: ignore[assignment]

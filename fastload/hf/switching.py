@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastload.hf.counting import count_load
+from fastload.hf.counting import count_load, count_save
 from fastload.hf.loading import Loading, load, loading_class
 from fastload.hf.versions import unsupported_reason
 
@@ -98,7 +98,10 @@ def _loading(original: Any) -> Any:
 def _saving(original: Any) -> Any:
     @wraps(original)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_on() or unsupported_reason():
+        if not _is_on():
+            return original(self, *args, **kwargs)
+        if reason := unsupported_reason():
+            count_save(reason)
             return original(self, *args, **kwargs)
         from fastload.hf.saving import save_pretrained
 
