@@ -24,6 +24,8 @@ __all__ = ["finish"]
 
 _MOVE = "_move_missing_keys_from_meta_to_device"
 _Modules = Mapping[str, nn.Module]
+# Attributes that hold parameters, buffers, modules and hooks.
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def finish(model: Any, asked: Any, info: Any, rebuild: Callable[[], Any] | None) -> Any:
@@ -84,9 +86,9 @@ def _complete(model: Any, modules: _Modules, untouched: list[str], rebuild: Call
                 if source is not None and not source.is_meta:
                     _tensor(modules, name).copy_(source)  # type: ignore[union-attr]
         for prefix, name in list(_meta_attributes(modules)):
-            source = twins[prefix].__dict__.get(name)
-            if isinstance(source, torch.Tensor) and not source.is_meta:
-                modules[prefix].__dict__[name] = source.to(_device_of(modules[prefix], model))
+            attributes = modules[prefix].__dict__
+            device = _device_of(modules[prefix], model)
+            attributes[name] = _filled(attributes[name], twins[prefix].__dict__.get(name), device)
     left = [f"{prefix}.{name}".lstrip(".") for prefix, name in _meta_attributes(modules)]
     if left:
         raise IncompleteModelError(
@@ -138,11 +140,32 @@ def _computed_buffers(modules: _Modules) -> Iterator[str]:
 
 
 def _meta_attributes(modules: _Modules) -> Iterator[tuple[str, str]]:
-    """(module, attribute) of tensors on meta that are neither parameters nor buffers."""
+    """(module, attribute) of tensors on meta that are neither parameters nor buffers, also in lists, tuples, dicts."""
     for prefix, module in modules.items():
         for name, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
+            if name not in _OF_EVERY_MODULE and _has_meta(value):
                 yield prefix, name
+
+
+def _has_meta(value: Any) -> bool:
+    kind = type(value)
+    if kind in (list, tuple):
+        return any(map(_has_meta, value))
+    if kind is dict:
+        return any(map(_has_meta, value.values()))
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _filled(value: Any, twin: Any, device: torch.device) -> Any:
+    """A value with tensors on meta replaced by those of a like one that has values."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        return twin.to(device) if value.is_meta and isinstance(twin, torch.Tensor) and not twin.is_meta else value
+    if kind is not type(twin) or kind not in (list, tuple, dict) or len(value) != len(twin):
+        return value
+    if kind is dict:
+        return {key: _filled(held, twin.get(key), device) for key, held in value.items()}
+    return kind(_filled(held, other, device) for held, other in zip(value, twin, strict=True))
 
 
 def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
