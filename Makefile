@@ -11,7 +11,7 @@ OLDEST := $(VENV)/oldest
 OLDEST_TRANSFORMERS := transformers==5.17.0
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test test-oldest transformers-tests lint type bench clean
+.PHONY: demo test test-oldest conformance transformers-tests lint type bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/base: pyproject.toml .ci/constraints.txt
@@ -44,6 +44,9 @@ test: $(VENV)/dev  ## All tests
 
 test-oldest: $(OLDEST)/ready  ## Tests of fastload.hf, with the oldest transformers that it knows
 	$(OLDEST)/bin/python -m pytest tests/hf
+
+conformance: $(VENV)/dev  ## fastload beside transformers on every model class there is; ARGS="--family llama" for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.run $(ARGS)
 
 transformers-tests: $(VENV)/upstream  ## transformers' own checks, without and with fastload; ARGS="-k bert" for some
 	$(BIN)/python -m tests.upstream $(ARGS)
