@@ -24,6 +24,7 @@ from fastload.options import LoadOptions, parse_dtype
 from fastload.pauses import paused_collector
 from fastload.placement.cpu import place
 from fastload.placement.fused import place_fused
+from fastload.placement.modules import give
 from fastload.placement.network import read_from_network
 from fastload.plan.fusing import Fusion
 from fastload.plan.keys import KeyRules
@@ -232,8 +233,7 @@ def _finish(
     notes = _tie(slots, plan, made)
     for fqn, tensor in made.items():
         owner, name = _owner(owners, fqn)
-        held: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
-        held[name] = tensor
+        give(owner, name, tensor)
     if initialise is not None:
         with torch.no_grad():
             for fqn in empty:

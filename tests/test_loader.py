@@ -288,3 +288,15 @@ def test_many_loads_leave_nothing_behind(write_safetensors: Writer) -> None:
     gc.collect()
     with open("/proc/self/maps") as maps:
         assert sum(str(folder) in line for line in maps) == 0
+
+
+def test_a_recurrent_module_computes_with_the_loaded_weights(tmp_path: Path) -> None:
+    """It keeps a list of its weights beside the parameters."""
+    real = nn.LSTM(4, 8, num_layers=2, bidirectional=True)
+    fastload.save_state_dict(real.state_dict(), tmp_path)
+    with torch.device("meta"):
+        built = nn.LSTM(4, 8, num_layers=2, bidirectional=True)
+    fastload.load_model(built, tmp_path)
+    assert all(ours is own for ours, own in zip(built._flat_weights, built.parameters(), strict=True))
+    inputs = torch.randn(3, 2, 4)
+    assert torch.equal(built(inputs)[0], real(inputs)[0])

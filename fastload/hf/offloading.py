@@ -30,7 +30,7 @@ from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.storage.mapping import MappedFile
 
-__all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan"]
+__all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan", "uses_disk"]
 
 OpenFile = Callable[[str], MappedFile]
 Convert = Callable[[Source, OpenFile], Mapping[str, torch.Tensor]]
@@ -39,6 +39,11 @@ Convert = Callable[[Source, OpenFile], Mapping[str, torch.Tensor]]
 _NO_KEYS = KeyMatch({}, (), (), ())
 # Here an open file can be opened once more, whatever has taken its name.
 _DESCRIPTORS = "/proc/self/fd"
+
+
+def uses_disk(asked: Any) -> bool:
+    """Whether the device map of a LoadStateDictConfig leaves anything on disk."""
+    return "disk" in map(str, (asked.device_map or {}).values())
 
 
 def names_on_disk(model: Any, wanted: Mapping[str, Any], asked: Any) -> frozenset[str]:
@@ -208,7 +213,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
 
 def _meant_for_disk(model: Any, names: Mapping[str, Any], asked: Any) -> frozenset[str]:
     """What accelerate's hooks will ask for: buffers only if these are to be offloaded too."""
-    if "disk" not in map(str, (asked.device_map or {}).values()):
+    if not uses_disk(asked):
         return frozenset()
     devices = expand_device_map(asked.device_map, list(names))
     on_disk = {name for name, value in names.items() if devices[name] == "disk" and isinstance(value, torch.Tensor)}

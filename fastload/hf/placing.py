@@ -18,13 +18,14 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
 from fastload.formats.specs import TensorSpec
-from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan
+from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk
 from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
 from fastload.loader import remember_report
 from fastload.placement.cpu import place
 from fastload.placement.fused import place_fused
+from fastload.placement.modules import give
 from fastload.placement.network import read_from_network
 from fastload.plan.rows import Action
 from fastload.plan.slots import walk_modules
@@ -82,9 +83,10 @@ def place_weights(
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
         bytes_by_action, sources = _place(modules, weights, opened, info, asked, convert, on_disk)
         disk = None
-        if on_disk:
+        if uses_disk(asked):
             convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
-            disk = DiskWeights(left, sources, opened.specs, opened.checkpoint or opened.open_file, convert)
+            held = opened.open_file if opened.checkpoint is None else opened.checkpoint
+            disk = DiskWeights(left, sources, opened.specs, held, convert)
             _mark(modules, disk, info)
         if asked.disable_mmap:
             detach(model)
@@ -245,11 +247,11 @@ def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], 
             info.mismatched_keys.add((name, tensor.shape, built.shape))
         elif last in module._buffers:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-            module._buffers[last] = tensor
+            give(module, last, tensor)
         else:
             parameter = nn.Parameter(tensor, tensor.is_floating_point())
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            module._parameters[last] = parameter
+            give(module, last, parameter)
 
 
 def _mark(modules: Mapping[str, nn.Module], names: Iterable[str], info: LoadStateDictInfo) -> None:
