@@ -14,7 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.integrations.accelerate import expand_device_map
@@ -30,13 +30,14 @@ from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.storage.mapping import MappedFile
 
-__all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan", "uses_disk"]
+__all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan", "uses_disk", "without_file"]
 
 OpenFile = Callable[[str], MappedFile]
 Convert = Callable[[Source, OpenFile], Mapping[str, torch.Tensor]]
 """What transformers' own operations make of a source."""
 
 _NO_KEYS = KeyMatch({}, (), (), ())
+_WITHOUT_FILE = {Action.REMAP: Action.GATHER, Action.CAST: Action.MOVE}
 # Here an open file can be opened once more, whatever has taken its name.
 _DESCRIPTORS = "/proc/self/fd"
 
@@ -73,6 +74,14 @@ def split_plan(weights: WeightPlan, on_disk: frozenset[str]) -> tuple[WeightPlan
     rows = tuple(row for row in plan.rows if row.fqn not in on_disk)
     fused = tuple(row for row in plan.fused if row.fqn not in on_disk)
     return replace(weights, plan=replace(plan, rows=rows, fused=fused)), left
+
+
+_Row = TypeVar("_Row", PlanRow, FusedRow, PlanRow | FusedRow)
+
+
+def without_file(row: _Row) -> _Row:
+    """A row for tensors that are in memory: no pages of a file can be laid side by side, none cast batch by batch."""
+    return row._replace(action=_WITHOUT_FILE.get(row.action, row.action))
 
 
 class DiskWeights(Mapping[str, torch.Tensor]):
@@ -116,7 +125,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
             self._hold([specs[key] for key in keys], files)
         else:
             self._open_file = files
-            self._rows = {name: _gathered(row) for name, row in self._rows.items()}
+            self._rows = {name: without_file(row) for name, row in self._rows.items()}
 
     def keep(self, model: Any, asked: Any) -> None:
         """Keep in memory what is meant for disk and in no file, now that the load has given it values.
@@ -201,7 +210,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
                 self._rows[name] = _moved(row, paths)
                 continue
             specs += [piece.spec for piece in row.spec.pieces]
-            self._rows[name] = _gathered(row)
+            self._rows[name] = row._replace(action=Action.GATHER)
         for path in {spec.region.file for spec in specs}:
             self._files[path] = MappedFile(path, checkpoint.n_file_bytes(path))
 
@@ -227,11 +236,6 @@ def _index_entry(row: PlanRow | FusedRow, specs: Mapping[str, TensorSpec]) -> di
     entry = {"safetensors_file": spec.region.file, "dtype": str(to_torch(row.dtype)).removeprefix("torch.")}
     is_as_needed = specs[spec.key] == row.spec and spec.region.file.endswith(".safetensors")
     return entry | {"weight_name": spec.key} if is_as_needed else entry
-
-
-def _gathered(row: PlanRow | FusedRow) -> PlanRow | FusedRow:
-    """A row that needs no pages of a file."""
-    return row._replace(action=Action.GATHER) if row.action is Action.REMAP else row
 
 
 def _moved(row: FusedRow, paths: Mapping[str, str]) -> FusedRow:

@@ -18,7 +18,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
 from fastload.formats.specs import TensorSpec
-from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk
+from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk, without_file
 from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
@@ -190,9 +190,7 @@ def _place(
     if opened.checkpoint is not None:
         plan, open_file = read_from_network(plan, opened.checkpoint)
     else:
-        # There are no pages of a file to be mapped.
-        gathered = (row._replace(action=Action.GATHER) if row.action is Action.REMAP else row for row in plan.fused)
-        plan = replace(plan, fused=tuple(gathered))
+        plan = replace(plan, rows=tuple(map(without_file, plan.rows)), fused=tuple(map(without_file, plan.fused)))
     title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
     tensors = place(plan, open_file, title=title)
     fused, n_remapped_bytes = place_fused(plan, open_file, {})

@@ -10,7 +10,8 @@ import torch
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import from_torch
 from fastload.formats.index import checked_names
-from fastload.formats.specs import Region, TensorSpec
+from fastload.formats.specs import Region, StorageView, TensorSpec
+from fastload.plan.fusing import contiguous_stride
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.names import FileFormat
 from fastload.storage.mapping import MappedFile
@@ -45,9 +46,15 @@ class GivenTensors(MappedFile):
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.path = "the state dict"
         self._tensors = tensors
-        # The offsets only tell the tensors apart.
+        # The offsets only tell the tensors apart; that they are views tells that no part has an offset of its own.
         self.specs = {
-            key: TensorSpec(key, from_torch(tensor.dtype), tuple(tensor.shape), Region(self.path, at, tensor.nbytes))
+            key: TensorSpec(
+                key,
+                from_torch(tensor.dtype),
+                tuple(tensor.shape),
+                Region(self.path, at, tensor.nbytes),
+                StorageView(0, contiguous_stride(tuple(tensor.shape))),
+            )
             for at, (key, tensor) in enumerate(tensors.items())
         }
 
