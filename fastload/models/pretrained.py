@@ -147,6 +147,7 @@ class PretrainedLoading:
             with clock("finish"):
                 _set_eval(model)
         model.name_or_path = config.name_or_path = os.fspath(path)
+        model._read_companions(path, files, pinned(hub, found.weights[0]))
         if device_map is not None:
             model.hf_device_map = devices
             dispatch(model, devices)
@@ -192,9 +193,16 @@ class PretrainedLoading:
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
             variant=variant,
-            extra_files={"config.json": self.config.to_json_string()},
+            extra_files={"config.json": self.config.to_json_string(), **self._companions()},
             tied=self._tied_names(),
         )
+
+    def _read_companions(self, path: str | os.PathLike[str], files: FileOptions, hub: HubOptions) -> None:
+        """Read the files beside config.json that this kind of model has use for. Here it has none."""
+
+    def _companions(self) -> dict[str, str]:
+        """File name -> text of what is saved beside config.json."""
+        return {}
 
     def _tied_names(self) -> dict[str, str]:
         """Names that hold the same parameter as another -> that other, as far as they are tied at this moment."""

@@ -29,7 +29,7 @@ from fastload.sources.names import CONFIG_NAME, candidates, listed, nothing_foun
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["fetch_config", "fetch_weights", "pinned"]
+__all__ = ["fetch_companion", "fetch_config", "fetch_weights", "pinned"]
 
 _PARALLEL_DOWNLOADS = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -57,6 +57,14 @@ def fetch_config(repo_id: str, subfolder: str, hub: HubOptions) -> str:
             fix="give the subfolder that holds it, or another repository",
         )
     return path
+
+
+def fetch_companion(repo_id: str, name: str, subfolder: str, hub: HubOptions) -> str | None:
+    """Path in the cache of a file that a repository may have beside its config.
+
+    None if it has none, or cannot be asked. Raises HubError where the hub refused.
+    """
+    return _Repository(repo_id, subfolder, hub).fetch(name)
 
 
 def fetch_weights(repo_id: str, files: FileOptions, hub: HubOptions) -> str:

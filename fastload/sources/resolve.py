@@ -7,12 +7,12 @@ import re
 
 from fastload.errors import CheckpointNotFoundError, ConfigError
 from fastload.options import FileOptions, HubOptions
-from fastload.sources.hub import fetch_config, fetch_weights, pinned
+from fastload.sources.hub import fetch_companion, fetch_config, fetch_weights, pinned
 from fastload.sources.journal import view_folder
 from fastload.sources.local import ANY_FILES, CheckpointFiles, checkpoint_folder, find_weights, path_kind
 from fastload.sources.names import CONFIG_NAME
 
-__all__ = ["DEFAULT_HUB", "is_hub_id", "locate_checkpoint", "locate_config", "pinned"]
+__all__ = ["DEFAULT_HUB", "is_hub_id", "locate_checkpoint", "locate_companion", "locate_config", "pinned"]
 
 #: How the hub is asked where a caller says nothing.
 DEFAULT_HUB = HubOptions()
@@ -52,6 +52,21 @@ def locate_config(path_or_id: str | os.PathLike[str], *, subfolder: str = "", hu
             fix="copy it from where the weights came from, or give the subfolder that holds both",
         )
     return config
+
+
+def locate_companion(
+    path_or_id: str | os.PathLike[str], name: str, *, subfolder: str = "", hub: HubOptions = DEFAULT_HUB
+) -> str | None:
+    """Path of a file that may lie beside a checkpoint's config, such as generation_config.json; None where it does not.
+
+    Raises as ``locate_config`` does, but for a file that is not there.
+    """
+    if is_hub_id(path_or_id):
+        return fetch_companion(os.fspath(path_or_id), name, subfolder, hub)
+    path = os.path.abspath(os.path.expanduser(path_or_id))
+    folder = checkpoint_folder(path, subfolder) if path_kind(path) == "folder" else os.path.dirname(path)
+    file = view_folder(folder).path(name)
+    return file if path_kind(file) == "file" else None
 
 
 def locate_checkpoint(
