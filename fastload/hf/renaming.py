@@ -24,9 +24,14 @@ __all__ = ["Renamed", "Source", "rename_keys"]
 
 # A number between dots, as in "layers.11.weight".
 _NUMBER = re.compile(r"(?:(?<=\.)|^)([0-9]+)(?=\.|$)")
-# A digit in a pattern that is not the name of a group, the end of "any number" or the count of a group's use.
-_KNOWS_NUMBERS = re.compile(r"[0-9]|\\d(?!\+)")
-_GROUP_NAME = re.compile(r"\(\?P<g[0-9]+>")
+# The parts of a pattern for which one number is as another. A wildcard of one character is not among them on its own.
+_TOKEN = re.compile(
+    r"""(?P<text>[A-Za-z_-]+) | (?P<dot>\\\.) | (?P<any>\.(?![*+?])) | (?P<wild>(?:\.|\\d|\\w|\[\^\.\])[*+]\??)
+    | (?P<alternative>\|) | (?P<begin>\^) | (?P<end>\$) | (?P<edge>\\w(?![*+?]))
+    | (?P<group>\((?:\?:|\?!|\?=|\?P<g[0-9]+>)?|\))
+    """,
+    re.VERBOSE,
+)
 
 
 @dataclass(slots=True)
@@ -122,10 +127,13 @@ class _Asker:
                 same = names.get(numbers)
                 if same is None:
                     name = "".join([parts[at] if isinstance(at, int) else at for at in pieces])
+                    is_wanted = self._fitted(name) in self._wanted
                     name, taken_by = self._checked(key, name, pattern)
-                    same = names[numbers] = answers.setdefault(name, {}).setdefault(taken_by, [])
+                    same = answers.setdefault(name, {}).setdefault(taken_by, [])
                     if same:
                         unsorted.append(same)
+                    if is_wanted:
+                        names[numbers] = same
                 same.append(key)
         for same in unsorted:
             same.sort(key=natural_order)
@@ -149,7 +157,7 @@ class _Asker:
         return fitted, pattern
 
     def _fitted(self, name: str) -> str:
-        shorter = name[len(self._prefix) + 1 :]
+        shorter = name[len(self._prefix) + 1 :] if len(name) > len(self._prefix) else name
         if name.startswith(self._prefix) and shorter in self._wanted:
             return shorter
         longer = f"{self._prefix}.{name}"
@@ -160,9 +168,34 @@ def _is_blind_to_numbers(transform: Any) -> bool:
     """Whether what a transform says of a key is the same for all numbers in it, and for all orders of asking."""
     if type(transform) not in (WeightRenaming, WeightConverter, PrefixChange):
         return False
-    if any(scope and _KNOWS_NUMBERS.search(scope) for scope in (transform.scope_prefix, transform.base_model_prefix)):
-        return False
-    return not _KNOWS_NUMBERS.search(_GROUP_NAME.sub("(", transform.compiled_sources.pattern))
+    scopes = [scope or "" for scope in (transform.scope_prefix, transform.base_model_prefix)]
+    return not re.search("[0-9]", "".join(scopes)) and _treats_numbers_alike(transform.compiled_sources.pattern)
+
+
+@lru_cache(maxsize=4096)
+def _treats_numbers_alike(pattern: str) -> bool:
+    """Whether a pattern matches a key whatever its numbers are, and how many digits they have.
+
+    No where it says so in ways that are not looked into here.
+    """
+    kinds: list[str] = []
+    at = 0
+    while at < len(pattern):
+        token = _TOKEN.match(pattern, at)
+        if token is None:
+            return False
+        at = token.end()
+        kinds.append(str(token.lastgroup))
+    kinds = [kind for kind in kinds if kind != "group"]
+    around = zip(["begin", *kinds], kinds, [*kinds[1:], "end"], strict=False)
+    for before, kind, after in around:
+        if kind == "any" and "text" not in (before, after):
+            return False
+        # Two wildcards side by side divide a number between them.
+        if kind == "wild" and after in ("wild", "any"):
+            return False
+    # What was matched is replaced where its text stands first, which may be elsewhere if the match is at the end.
+    return not ({"wild", "end"} <= set(kinds))
 
 
 def natural_order(key: str) -> list[tuple[int, int | str, int]]:
