@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from fastload.placement.fused import place_fused
 from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.storage.mapping import MappedFile
+from fastload.storage.slabs import Slab
 
 __all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan", "uses_disk", "without_file"]
 
@@ -187,7 +189,8 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         if row is None:
             return self._convert(self._sources[name], self._open_file)[name]
         if isinstance(row, FusedRow):
-            return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, {})[0][name]
+            destination = {} if row.action is Action.REMAP else {name: _fresh(row)}
+            return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, destination)[0][name]
         tensor = place(LoadPlan((row,), _NO_KEYS), self._open_file, title=name)[name]
         if row.action in (Action.COPY, Action.DECODE):
             # The file remembers what it had to copy.
@@ -236,6 +239,12 @@ def _index_entry(row: PlanRow | FusedRow, specs: Mapping[str, TensorSpec]) -> di
     entry = {"safetensors_file": spec.region.file, "dtype": str(to_torch(row.dtype)).removeprefix("torch.")}
     is_as_needed = specs[spec.key] == row.spec and spec.region.file.endswith(".safetensors")
     return entry | {"weight_name": spec.key} if is_as_needed else entry
+
+
+def _fresh(row: FusedRow) -> torch.Tensor:
+    """Memory that goes back to the system when the tensor dies; an allocator might keep it for what comes next."""
+    n_elements = prod(row.spec.shape)
+    return Slab(max(1, n_elements * row.dtype.itemsize)).tensor(row.dtype, 0, n_elements).view(row.spec.shape)
 
 
 def _moved(row: FusedRow, paths: Mapping[str, str]) -> FusedRow:
