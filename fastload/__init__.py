@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fastload.reports import LoadReport as LoadReport
     from fastload.saver import SaveReport as SaveReport
     from fastload.saver import save_state_dict as save_state_dict
+    from fastload.streaming.arrivals import wait as wait
 
 # Where each public name lives.
 _HOMES = {
@@ -83,6 +84,7 @@ _HOMES = {
     "prefetch": "fastload.prefetching",
     "report": "fastload.loader",
     "save_state_dict": "fastload.saver",
+    "wait": "fastload.streaming.arrivals",
 }
 
 __all__ = ["__version__", *_HOMES]

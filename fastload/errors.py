@@ -16,6 +16,7 @@
     |   +-- ArchiveError                      the zip or tar around a pickle is damaged or lies
     +-- KeyMatchError                         keys of the checkpoint and of the model do not fit
     +-- IncompleteModelError                  a tensor would be left without a value
+    +-- BlockError (OSError)                  weights that arrive while the model runs could not be read
     +-- SaveError (OSError)                   writing failed; the previous checkpoint is untouched
     +-- MissingDependencyError (ImportError)  an optional package is needed and absent
 
@@ -29,6 +30,7 @@ import os
 __all__ = [
     "AmbiguousCheckpointError",
     "ArchiveError",
+    "BlockError",
     "CheckpointNotFoundError",
     "ConfigError",
     "FastloadError",
@@ -143,6 +145,10 @@ class KeyMatchError(FastloadError):
 
 class IncompleteModelError(FastloadError):
     """A parameter or buffer would be left on the meta device or without a value."""
+
+
+class BlockError(FastloadError, OSError):
+    """Weights that arrive after the load, with a block of the model, could not be read or kept."""
 
 
 class SaveError(FastloadError, OSError):

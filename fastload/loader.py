@@ -33,6 +33,7 @@ from fastload.plan.rows import Action, LoadPlan
 from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.storage.memory import private_bytes
+from fastload.streaming.arrivals import Arrivals, parse_memory_budget
 
 __all__ = ["Initialiser", "fill_module", "load_model", "load_state_dict", "remember_report", "report"]
 
@@ -88,6 +89,9 @@ def load_model(
     key_mapping: Mapping[str, str] | None = None,
     fusions: Sequence[Fusion] = (),
     detached: bool = False,
+    lazy: bool = False,
+    stream: bool = False,
+    memory_budget: int | str | None = None,
     **where: Any,
 ) -> LoadReport:
     """Fill any module from a checkpoint.
@@ -105,6 +109,10 @@ def load_model(
         key_mapping: regular expression -> replacement for the files' keys.
         fusions: tensors of the module that the files keep in pieces, such as the experts of a layer.
         detached: copy what would stand on the mapped files, so that they may be rewritten in place (see `detach`).
+        lazy: bring the weights of a block when it is first used.
+        stream: bring them in the background, in the order of use, while the first forward may begin.
+        memory_budget: most bytes of weights to keep in memory, as a number or "4GB"; blocks beyond it are read for
+            each forward, while the block before computes.
         where: which files, as for `open_checkpoint`.
 
     Raises:
@@ -119,11 +127,15 @@ def load_model(
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         key_mapping=key_mapping,
         detached=detached,
+        lazy=lazy,
+        stream=stream,
+        memory_budget_bytes=parse_memory_budget(memory_budget),
     )
     with paused_collector():
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
-            checkpoint.read_ahead()
+            if memory_budget is None:
+                checkpoint.read_ahead()
         rules = KeyRules(fusions=tuple(fusions))
         return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules)
 
@@ -163,14 +175,19 @@ def fill_module(
         empty = _left_empty(plan, slots)
         if initialise is None and empty:
             raise _incomplete("the files do not have these parameters, and the module has no values for them", empty)
+        arrivals = Arrivals(modules, plan, options, {fqn: slot.tied_to for fqn, slot in slots.items()})
     with clock("place"):
         existing = _tensors_of(module) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
         plan, open_file = read_from_network(plan, checkpoint)
-        tensors = place(plan, open_file, existing, title=os.path.basename(source) or source)
-        fused, n_remapped_bytes = place_fused(plan, open_file, existing)
-        tensors |= fused
+        now, later = arrivals.split(plan)
+        tensors = place(now, open_file, existing, title=os.path.basename(source) or source)
+        fused, n_remapped_bytes = place_fused(now, open_file, existing)
+        # What is still to come is tied and finished with what stands for it.
+        tensors |= fused | {row.fqn: _placeholder(modules, row.fqn) for row in (*later.rows, *later.fused)}
+        n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     with clock("finish"):
         notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
+        arrivals.begin(module, open_file)
     bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
     if options.detached:
         with clock("detach"):
@@ -326,6 +343,15 @@ def _incomplete(problem: str, names: list[str]) -> IncompleteModelError:
 def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     parameters = module.named_parameters(remove_duplicate=False)
     return dict(parameters) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _placeholder(owners: Mapping[str, nn.Module], fqn: str) -> torch.Tensor:
+    """The tensor on meta that stands for one to come."""
+    owner, name = _owner(owners, fqn)
+    held = owner._parameters.get(name)
+    placeholder = owner._buffers[name] if held is None else held
+    assert placeholder is not None
+    return placeholder.detach()
 
 
 def _owner(owners: Mapping[str, nn.Module], fqn: str) -> tuple[nn.Module, str]:

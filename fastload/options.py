@@ -74,6 +74,9 @@ class LoadOptions:
         ignore_mismatched_sizes: initialise parameters whose shape differs from the file's instead of raising.
         key_mapping: regular expression -> replacement, applied to the file's keys in order before all else.
         detached: leave no tensor on a mapped file.
+        lazy: bring a block's weights when it is first used.
+        stream: bring them in the background, in the order of use, while the caller goes on.
+        memory_budget_bytes: most bytes of weights that are kept in memory; the others are read for each forward.
     """
 
     dtype: DType | None = None
@@ -82,6 +85,9 @@ class LoadOptions:
     ignore_mismatched_sizes: bool = False
     key_mapping: Mapping[str, str] | None = None
     detached: bool = False
+    lazy: bool = False
+    stream: bool = False
+    memory_budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not self.dtype.castable:
@@ -90,6 +96,16 @@ class LoadOptions:
                 expected="float32, float16, bfloat16 or float64",
                 found=self.dtype.torch_name,
             )
+        ways = {"lazy": self.lazy, "stream": self.stream, "memory_budget": self.memory_budget_bytes is not None}
+        chosen = [way for way, is_chosen in ways.items() if is_chosen]
+        if len(chosen) > 1 or (chosen and self.detached):
+            found = ", ".join([*chosen, *(["detached"] if self.detached else [])])
+            raise OptionError("these options exclude each other", found=found, fix="choose one of them")
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether weights arrive after the load has returned."""
+        return self.lazy or self.stream
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> DType | None:

@@ -170,7 +170,7 @@ class AutoModel(_NeverBuilt):
             # What is no field of the config may be an option of loading; the model's class tells.
             config, options = AutoConfig.from_pretrained(file, return_unused_kwargs=True, backend="native", **options)
             options |= {**kept, "subfolder": subfolder}
-        if "torch" not in sys.modules:
+        if "torch" not in sys.modules and not {"memory_budget", "max_memory"} & options.keys():
             # The import below takes seconds, in which a cold checkpoint can be read.
             _read_ahead(path, options)
         found = cls._class_of(cast(PreTrainedConfig, config), os.fspath(path))

@@ -28,6 +28,7 @@ from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.sources.hub import pinned
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
+from fastload.streaming.arrivals import parse_memory_budget
 
 if TYPE_CHECKING:
     from fastload.saver import SaveReport
@@ -72,6 +73,9 @@ class PretrainedLoading:
         force_download: bool = False,
         attn_implementation: str | None = None,
         detached: bool = False,
+        lazy: bool = False,
+        stream: bool = False,
+        memory_budget: int | str | None = None,
         **config_fields: Any,
     ) -> Any:
         """Build the model from its config and fill it with trained weights.
@@ -98,6 +102,10 @@ class PretrainedLoading:
             revision, token, cache_dir, local_files_only, force_download: how a hub is asked (see HubOptions).
             attn_implementation: "sdpa" or "eager".
             detached: copy what would stand on the mapped files, so that they may be rewritten in place (see `detach`).
+            lazy: bring the weights of a block when it is first used (`fastload.wait` brings all).
+            stream: return at once, and bring the weights in the background in the order of use.
+            memory_budget: most bytes of weights to keep in memory, as a number, "4GB", or "auto" for what is free.
+                Blocks beyond it are read for each forward. ``device_map="auto", max_memory={"cpu": "4GB"}`` is the same.
             config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
                 constructor.
 
@@ -120,13 +128,16 @@ class PretrainedLoading:
                 config, found = cls._resolve(path, config, files, hub, config_fields)
             with clock("open"):
                 checkpoint = Checkpoint(found)
-                checkpoint.read_ahead()
+                if memory_budget is None and max_memory is None:
+                    checkpoint.read_ahead()
                 config.dtype = _choose_dtype(dtype if torch_dtype is None else torch_dtype, config, checkpoint)
                 config.attn_implementation = attn_implementation or config.attn_implementation
             with clock("skeleton"):
                 with skeleton():
                     model: Any = cls(config, *model_args, **model_options)  # type: ignore[call-arg]
                 devices = resolve_device_map(model, device_map, max_memory, config.dtype)
+                if "disk" in devices.values() and memory_budget is None:
+                    memory_budget = (max_memory or {}).get("cpu")
             options = LoadOptions(
                 dtype=parse_dtype(config.dtype),
                 device_map={name: "cpu" if device == "disk" else device for name, device in devices.items()},
@@ -134,6 +145,9 @@ class PretrainedLoading:
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 key_mapping=key_mapping,
                 detached=detached,
+                lazy=lazy,
+                stream=stream,
+                memory_budget_bytes=parse_memory_budget(memory_budget),
             )
             report = fill_module(
                 model,

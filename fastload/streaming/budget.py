@@ -1,0 +1,226 @@
+"""Models larger than memory: blocks that fit stay, the others are read for each forward while the one before computes.
+
+A forward goes through the blocks in a circle, for which keeping what was used last is the worst of policies: each
+block is thrown out just before its turn. So some blocks stay, and of the others each is read ahead, used and let go:
+what must be read is what does not fit, at the rate of the disk, and nothing is ever pushed out.
+
+Weights that need no conversion are mapped once and for all; only their pages come and go. Others are made for the
+forward and dropped after it. Nothing may be written to weights that come and go, as it could not be kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastload.errors import BlockError, OptionError
+from fastload.placement.cpu import place
+from fastload.placement.fused import place_fused
+from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
+from fastload.reports import format_bytes
+from fastload.storage.mapping import MappedFile
+from fastload.storage.readahead import Extent
+from fastload.streaming.blocks import REST, Units
+from fastload.streaming.deferring import Place, places_of, plan_of, put
+from fastload.streaming.pages import MappedPart, let_go, parts_of
+from fastload.streaming.reading import Reader, Ticket
+
+__all__ = ["Budget", "Division", "divide"]
+
+Row = PlanRow | FusedRow
+_MAPPED = frozenset({Action.MAP, Action.REMAP})
+# Blocks that must have room beside what stays: the one that computes, and the one that is read.
+_LEAST_WINDOW = 2
+
+
+class Division:
+    """Which units stay.
+
+    Attributes:
+        rows: unit -> its rows.
+        n_bytes: unit -> bytes of its weights in memory.
+        staying: units that stay.
+        passing: units that come and go, in order.
+        window_bytes: most bytes of passing units at a time.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[Row]], order: Sequence[str], budget_bytes: int) -> None:
+        self.rows = rows
+        self.n_bytes = {unit: sum(_memory_bytes(row) for row in of_unit) for unit, of_unit in rows.items()}
+        order = [unit for unit in order if unit in rows]
+        blocks = [unit for unit in order if unit != REST]
+        rest_bytes = self.n_bytes.get(REST, 0)
+        self.staying = set(order)
+        self.passing: list[str] = []
+        self.window_bytes = 0
+        if sum(self.n_bytes.values()) <= budget_bytes:
+            return
+        largest = max(blocks, key=self.n_bytes.__getitem__, default=REST)
+        least_bytes = rest_bytes + _LEAST_WINDOW * self.n_bytes.get(largest, 0)
+        if not blocks or least_bytes > budget_bytes:
+            raise OptionError(
+                "the memory budget is too small for this model",
+                key=largest or "the parts outside of blocks",
+                expected=f"at least {format_bytes(least_bytes)}: what is in no block, and two of the largest block",
+                found=format_bytes(budget_bytes),
+                fix="raise memory_budget, or load with a smaller dtype",
+            )
+        left = budget_bytes - least_bytes
+        for unit in blocks:
+            if self.n_bytes[unit] <= left:
+                left -= self.n_bytes[unit]
+            else:
+                self.passing.append(unit)
+                # What comes behind stays out too: blocks are read in their order in the file.
+                left = -1
+        self.staying -= set(self.passing)
+        staying_bytes = sum(self.n_bytes[unit] for unit in self.staying)
+        self.window_bytes = budget_bytes - staying_bytes
+
+
+def divide(plan: LoadPlan, units: Units, budget_bytes: int) -> Division:
+    """Divide a plan's rows by unit, and say which units stay.
+
+    Raises:
+        OptionError: the budget is less than what must be in memory at one time.
+    """
+    rows: dict[str, list[Row]] = {}
+    for row in (*plan.rows, *plan.fused):
+        rows.setdefault(units.of_tensor(row.fqn), []).append(row)
+    return Division(rows, units.names, budget_bytes)
+
+
+class Budget:
+    """Brings passing units in before their forward, and lets them go after it, for as long as the model lives.
+
+    Args:
+        modules: every module of the model by name, finished. Mapped rows are in place; rows that must be made are
+            placeholders on meta.
+        division: which units pass.
+        open_file: path -> the mapped file.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], division: Division, open_file: Callable[[str], MappedFile]
+    ) -> None:
+        self._open_file = open_file
+        self._order = division.passing
+        self._rows = {unit: division.rows[unit] for unit in self._order}
+        self._window_bytes = division.window_bytes
+        self._n_bytes = division.n_bytes
+        self._reader = Reader()
+        self._tickets: dict[str, Ticket] = {}
+        self._made: dict[str, list[Row]] = {}
+        self._places: dict[str, list[Place]] = {}
+        self._mapped: dict[str, list[tuple[weakref.ref[torch.Tensor], int, list[MappedPart]]]] = {}
+        self.n_read_bytes = 0
+        for unit in self._order:
+            rows = division.rows[unit]
+            self._made[unit] = [row for row in rows if row.action not in _MAPPED]
+            places = places_of(modules, [row.fqn for row in rows])
+            self._places |= {row.fqn: places[row.fqn] for row in self._made[unit]}
+            self._mapped[unit] = [self._watched(row, places[row.fqn][0]) for row in rows if row.action in _MAPPED]
+            module = modules[unit]
+            module.register_forward_pre_hook(partial(self._enter, unit))
+            module.register_forward_hook(partial(self._leave, unit), always_call=True)
+        staying = [row for unit in division.staying for row in division.rows.get(unit, ()) if row.action in _MAPPED]
+        self._first = self._reader.read(extent for row in staying for extent in _extents(row))
+        self._read_ahead(0)
+
+    @staticmethod
+    def _watched(row: Row, place: Place) -> tuple[weakref.ref[torch.Tensor], int, list[MappedPart]]:
+        module = place.module()
+        assert module is not None
+        tensor = getattr(module, place.name)
+        return weakref.ref(tensor), _version(tensor), parts_of(row, tensor.detach())
+
+    def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
+        """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
+        ticket = self._tickets.pop(unit, None) or self._begin(unit)
+        self._read_ahead(self._order.index(unit) + 1, self._n_bytes[unit])
+        try:
+            self.n_read_bytes += ticket.wait()
+            if self._made[unit]:
+                plan = plan_of(self._made[unit])
+                tensors = place(plan, self._open_file) | place_fused(plan, self._open_file, {})[0]
+                for fqn, tensor in tensors.items():
+                    put(self._places[fqn], tensor)
+        except Exception as error:
+            self._give_up()
+            raise BlockError(
+                "the weights of a block could not be read",
+                file=getattr(error, "file", None),
+                key=unit,
+                found=str(error),
+                fix="load the model again once its files can be read",
+            ) from error
+
+    def _leave(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
+        """After the forward: its memory is free for others. Weights that someone has written to stay."""
+        parts = []
+        for reference, version, of_tensor in self._mapped[unit]:
+            tensor = reference()
+            if tensor is not None and _version(tensor) == version:
+                parts += of_tensor
+        let_go(parts)
+        for row in self._made[unit]:
+            placeholder = torch.empty(row.spec.shape, dtype=_dtype(self._places[row.fqn]), device="meta")
+            put(self._places[row.fqn], placeholder)
+
+    def _begin(self, unit: str) -> Ticket:
+        return self._reader.read(extent for row in self._rows[unit] for extent in _extents(row))
+
+    def _read_ahead(self, position: int, in_use_bytes: int = 0) -> None:
+        """Begin to read the units from a position on, in a circle, as far as there is room."""
+        for step in range(len(self._order)):
+            unit = self._order[(position + step) % len(self._order)]
+            in_use_bytes += self._n_bytes[unit]
+            if in_use_bytes > self._window_bytes:
+                return
+            if unit not in self._tickets:
+                self._tickets[unit] = self._begin(unit)
+
+    def _give_up(self) -> None:
+        for ticket in self._tickets.values():
+            ticket.cancel()
+        self._tickets.clear()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; those made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _memory_bytes(row: Row) -> int:
+    if isinstance(row, FusedRow):
+        return row.spec.n_bytes // row.spec.dtype.itemsize * row.dtype.itemsize
+    region_items = row.spec.region.n_bytes // row.spec.dtype.itemsize
+    return region_items * row.dtype.itemsize
+
+
+def _extents(row: Row) -> list[Extent]:
+    """What of the files a row is made of; pieces that follow each other there as one."""
+    if isinstance(row, PlanRow):
+        region = row.spec.region
+        n_bytes = region.n_bytes if region.encoding is None else region.encoding.n_bytes
+        return [Extent(region.file, region.offset_bytes, n_bytes)]
+    found: list[Extent] = []
+    for piece in sorted(row.spec.pieces, key=lambda piece: piece.spec.region[:2]):
+        file, offset, n_bytes = piece.spec.region[:3]
+        if found and (found[-1].file, found[-1].offset_bytes + found[-1].n_bytes) == (file, offset):
+            found[-1] = found[-1]._replace(n_bytes=found[-1].n_bytes + n_bytes)
+        else:
+            found.append(Extent(file, offset, n_bytes))
+    return found
+
+
+def _dtype(places: Sequence[Place]) -> torch.dtype:
+    module = places[0].module()
+    assert module is not None
+    tensor: torch.Tensor = getattr(module, places[0].name)
+    return tensor.dtype

@@ -1,0 +1,117 @@
+"""Reading parts of files into the page cache, and knowing that it was done.
+
+Readahead (`fastload.storage.readahead`) is advice; this is a promise. A block that computes on mapped pages must not
+find them beyond the end of a file that was cut, or behind a disk that fails: the process would be killed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from fastload.errors import TruncatedFileError, UnreadableFileError
+from fastload.storage.readahead import Extent
+from fastload.storage.residency import resident_bytes
+
+__all__ = ["Reader", "Ticket"]
+
+_N_THREADS = 8
+# What a thread reads from beginning to end; in between it looks for nothing else.
+_CHUNK_BYTES = 8 << 20
+_READ_BYTES = 1 << 20
+
+
+class Ticket:
+    """Reads that are under way.
+
+    Attributes:
+        n_bytes: of all of them.
+    """
+
+    def __init__(self, futures: Iterable[Future[int]], n_bytes: int) -> None:
+        self._futures = list(futures)
+        self.n_bytes = n_bytes
+
+    def wait(self) -> int:
+        """Wait for the end. Returns the bytes that were not in the page cache; raises what a read raised."""
+        return sum(future.result() for future in self._futures)
+
+    def cancel(self) -> None:
+        """Begin no more of them."""
+        for future in self._futures:
+            future.cancel()
+
+
+class Reader:
+    """Threads that read; they end with this object."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_N_THREADS, "fastload-blocks")
+        self._own = threading.local()
+        weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)
+
+    def read(self, extents: Iterable[Extent]) -> Ticket:
+        """Begin to read extents, in order."""
+        chunks = [chunk for extent in extents for chunk in _chunks(extent)]
+        own = self._own
+        return Ticket([self._threads.submit(_read, own, chunk) for chunk in chunks], sum(c.n_bytes for c in chunks))
+
+
+class _Tools:
+    """What a thread reads with: a descriptor a file, since readers of one spoil each other's order, and a buffer."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(_READ_BYTES))
+        self._descriptors: dict[str, int] = {}
+
+    def descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[file]
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def _chunks(extent: Extent) -> Iterable[Extent]:
+    for at in range(0, extent.n_bytes, _CHUNK_BYTES):
+        yield Extent(extent.file, extent.offset_bytes + at, min(_CHUNK_BYTES, extent.n_bytes - at))
+
+
+def _read(own: threading.local, chunk: Extent) -> int:
+    """Read a chunk, unless it is cached. Returns the bytes that were not."""
+    tools: _Tools | None = getattr(own, "tools", None)
+    if tools is None:
+        tools = own.tools = _Tools()
+    end = chunk.offset_bytes + chunk.n_bytes
+    try:
+        descriptor = tools.descriptor(chunk.file)
+        size = os.fstat(descriptor).st_size
+        if size < end:
+            raise _cut(chunk.file, end, size)
+        n_cached = resident_bytes(descriptor, chunk.offset_bytes, chunk.n_bytes) or 0
+        at = chunk.offset_bytes
+        while n_cached < chunk.n_bytes and at < end:
+            n = os.preadv(descriptor, [tools.buffer[: end - at]], at)
+            if n == 0:
+                raise _cut(chunk.file, end, at)
+            at += n
+    except OSError as error:
+        if isinstance(error, UnreadableFileError):
+            raise
+        raise UnreadableFileError("a weight file cannot be read", file=chunk.file, found=error.strerror) from error
+    return max(0, chunk.n_bytes - n_cached)
+
+
+def _cut(file: str, expected: int, found: int) -> TruncatedFileError:
+    return TruncatedFileError(
+        "a weight file was cut while a model stood on it",
+        file=file,
+        expected=f"{expected} bytes",
+        found=f"{found} bytes",
+        fix="load the model again from a whole file",
+    )
