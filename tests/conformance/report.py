@@ -88,7 +88,8 @@ def _totals(results: Sequence[Result], seconds: float) -> Iterator[str]:
     yield (
         f"  {sum(r.n_converters > 0 for r in results)} classes have tensors that are converted; "
         f"{sum(bool(r.lossy) for r in results)} do not come back from stock as they were built; "
-        f"{sum(bool(r.mended) for r in results)} have computed tensors that only the other gives values"
+        f"{sum(bool(r.mended) for r in results)} have computed tensors that only the other gives values; "
+        f"{sum(bool(r.unsteady) for r in results)} have tensors that stock leaves unwritten"
     )
     yield f"  {n_fast} loads and saves by fastload, {n_handed_over} handed over ({_share(n_handed_over, n_fast)})"
     yield from (f"    {count} x {reason}" for reason, count in handed_over.most_common())

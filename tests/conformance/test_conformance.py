@@ -18,8 +18,8 @@ from transformers import BertForMaskedLM, PreTrainedModel
 
 from tests.conformance.case import DIFFERS, PASSED, SKIPPED, Case, Result
 from tests.conformance.classes import Reachable, reachable_classes
-from tests.conformance.compare import differences, model_state
-from tests.conformance.loading import SEED, Fastload, Stock, listening
+from tests.conformance.compare import differences, mended, model_state
+from tests.conformance.loading import SEED, Fastload, Stock, listening, make_gaps
 from tests.conformance.report import report
 from tests.conformance.run import chosen, run
 from tests.conformance.tiny import MOST_PARAMETERS, NotBuiltError, build
@@ -32,6 +32,7 @@ SAMPLE = (
     "CLIPModel",
     "DeepseekV3ForCausalLM",
     "DetrForObjectDetection",
+    "EncodecModel",
     "GPT2LMHeadModel",
     "Gemma3ForConditionalGeneration",
     "GptOssForCausalLM",
@@ -100,6 +101,11 @@ def other_computed_buffer(model: BertForMaskedLM) -> None:
     model.bert.embeddings.position_ids[0, 0] = 7
 
 
+def other_weight_and_buffer(model: BertForMaskedLM) -> None:
+    other_byte(model)
+    other_computed_buffer(model)
+
+
 def tensor_attribute(model: BertForMaskedLM) -> None:
     model.bert.embeddings.scales = [torch.ones(2)]
 
@@ -156,6 +162,24 @@ def test_a_copy_of_a_model_does_not_differ(bert: BertForMaskedLM) -> None:
     assert differences(model_state(bert), model_state(copy.deepcopy(bert))) == []
 
 
+def test_computed_tensors_that_stock_leaves_on_meta_are_mended_by_their_values(bert: BertForMaskedLM) -> None:
+    stock, right, wrong = (copy.deepcopy(bert) for _ in range(3))
+    left_on_meta(stock)
+    other_weight_and_buffer(wrong)
+    built, expected, found = model_state(bert), model_state(stock), model_state(right)
+    assert mended(built, expected, found) == ["bert.embeddings.position_ids"]
+    assert mended(built, found, model_state(wrong)) == []
+
+
+def test_gaps_are_missing_reshaped_and_unknown_tensors(bert: BertForMaskedLM, tmp_path: Path) -> None:
+    bert.save_pretrained(tmp_path / "whole")
+    make_gaps(tmp_path / "whole", tmp_path / "gaps", bert.state_dict())
+    _, info = BertForMaskedLM.from_pretrained(tmp_path / "gaps", output_loading_info=True, ignore_mismatched_sizes=True)
+    assert len(info["missing_keys"]) > 3
+    assert len(info["mismatched_keys"]) == 1
+    assert info["unexpected_keys"] == {"of.nothing"}
+
+
 def test_nan_is_equal_to_itself(bert: BertForMaskedLM) -> None:
     model = copy.deepcopy(bert)
     model.bert.embeddings.LayerNorm.bias.data[0] = torch.nan
@@ -197,6 +221,7 @@ def test_a_loader_that_alters_a_model_is_seen_in_every_variant(tmp_path: Path) -
     assert set(result.differences) == {
         "written by transformers",
         "in bfloat16",
+        "with gaps",
         "saved, files",
         "saved",
         "saved as .bin, files",

@@ -77,54 +77,44 @@ class Rung:
     """One way to shrink; rungs are tried until a model can be built that is small.
 
     Attributes:
-        widths: all the same small "constant", or "divided" by sixteen, which keeps how they relate, or "kept".
-        list_divisor: what lists of widths are divided by, one entry a stage.
+        divides: widths are divided, which keeps how they relate; else all are the same small one.
         fills: sizes that have no default are given one.
     """
 
-    widths: str
-    list_divisor: int
+    divides: bool = False
     fills: bool = False
 
 
-LADDER = (
-    Rung("constant", 8),
-    Rung("constant", 8, fills=True),
-    Rung("constant", 1),
-    Rung("divided", 16),
-    Rung("divided", 1),
-    Rung("kept", 1),
-)
+LADDER = (Rung(), Rung(fills=True), Rung(divides=True))
 
 
 def build(model_class: type[PreTrainedModel], seed: int) -> PreTrainedModel:
     """A tiny model with random values in every parameter and stored buffer.
 
     Raises:
-        NotBuiltError: on no rung; the reason is that of the first.
+        NotBuiltError: on no rung, with the reason of the first; or not without packages that are not here.
     """
     reasons = []
+    fixed = BY_MODEL.get(model_class.__name__)
     for rung in LADDER:
         try:
             with torch.device("meta"):
-                n_parameters = sum(p.numel() for p in model_class(_model_config(model_class, rung)).parameters())
+                config = tiny_config(model_class.config_class, rung, fixed)
+                n_parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
             if n_parameters > MOST_PARAMETERS:
                 reasons.append(f"too big: {n_parameters:,} parameters")
                 continue
             torch.manual_seed(seed)
-            model = model_class(_model_config(model_class, rung))
+            model = model_class(tiny_config(model_class.config_class, rung, fixed))
+        except ImportError as error:
+            packages = re.findall(r"requires the (.+?) library|named '(\w+)'", str(error))
+            raise NotBuiltError(f"needs {', '.join(''.join(names) for names in packages) or error}") from error
         except Exception as error:  # noqa: BLE001
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         else:
             _randomise(model, seed)
             return model
     raise NotBuiltError(reasons[0])
-
-
-def _model_config(model_class: type[PreTrainedModel], rung: Rung) -> PreTrainedConfig:
-    given = BY_MODEL.get(model_class.__name__, {})
-    config_class = given.get("config_class", model_class.config_class)
-    return tiny_config(config_class, rung, {k: v for k, v in given.items() if k != "config_class"})
 
 
 def tiny_config(
@@ -216,7 +206,7 @@ def _field_types(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 def _n_layers(config_class: type[PreTrainedConfig]) -> tuple[int, int]:
     """How many layers there are by default, and how many show each kind of layer that there is."""
     defaults = _defaults(config_class)
-    n_default = defaults.get(config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers"), 0)
+    n_default = defaults.get(_own_name(config_class, "num_hidden_layers"), 0)
     if not isinstance(n_default, int) or n_default <= SIZES["layers"]:
         return n_default or 0, SIZES["layers"]
     enough = SIZES["layers"]
@@ -239,6 +229,11 @@ def _kind(name: str) -> str:
     return next((kind for kind, pattern in KINDS if pattern.search(name)), "keep")
 
 
+def _own_name(config_class: type[PreTrainedConfig], name: str) -> str:
+    """What a config class calls a field that has a common name."""
+    return config_class.attribute_map.get(name, name)
+
+
 def _small(name: str, value: Any, config_class: type[PreTrainedConfig], rung: Rung) -> Any:
     """The small value of a field, or the value itself."""
     kind = _kind(name)
@@ -253,18 +248,15 @@ def _small(name: str, value: Any, config_class: type[PreTrainedConfig], rung: Ru
         return made(_small_entry(kind, v, rung) for v in value)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    if name == config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
+    if name == _own_name(config_class, "num_hidden_layers"):
         return min(value, n_layers)
-    if kind == "kv_heads" and rung.widths == "constant":
-        n_heads = _defaults(config_class).get(
-            config_class.attribute_map.get("num_attention_heads", "num_attention_heads")
-        )
-        return SIZES["heads"] if value == n_heads else min(value, SIZES["kv_heads"])
+    if kind == "kv_heads" and value == _defaults(config_class).get(_own_name(config_class, "num_attention_heads")):
+        kind = "heads"
     return _small_number(kind, value, rung)
 
 
 def _small_number(kind: str, value: int, rung: Rung) -> int:
-    """A small size of this kind; the same relation between sizes where widths are divided."""
+    """A small size of this kind, or a small number of the same use."""
     match kind:
         case "keep":
             return value
@@ -272,23 +264,24 @@ def _small_number(kind: str, value: int, rung: Rung) -> int:
             return value if value < SIZES["vocabulary"] else value % 100 + 10
         case "layer_index":
             return max(min(value, SIZES["layers"] - 1), -SIZES["layers"])
-        case "heads" | "kv_heads" | "head_dim" | "width" | "inner" if rung.widths == "kept":
-            return value
-        case "heads" | "kv_heads" if rung.widths == "divided":
-            return value if value < 4 else max(1, value // 4)
-        case "head_dim" | "width" | "inner" if rung.widths == "divided":
+        case "heads" | "kv_heads" if rung.divides:
+            return value if value < 4 else value // 4
+        case "head_dim" | "width" | "inner" if rung.divides:
             return value if value < 16 else max(2, value // 16)
     return min(value, SIZES[kind])
 
 
 def _small_entry(kind: str, value: int, rung: Rung) -> int:
     """An entry of a list that has one for each stage."""
-    if kind in ("width", "inner"):
-        return value if value < 16 else max(8, value // rung.list_divisor)
-    if kind == "layers":
-        return min(value, 1)
-    if kind in ("heads", "token", "layer_index"):
-        return _small_number(kind, value, rung) if kind != "heads" or rung.widths != "constant" else min(value, 2)
+    match kind:
+        case "width" | "inner":
+            return value if value < 16 else max(8, value // (16 if rung.divides else 8))
+        case "layers":
+            return min(value, 1)
+        case "heads" if not rung.divides:
+            return min(value, 2)
+        case "heads" | "token" | "layer_index":
+            return _small_number(kind, value, rung)
     return value
 
 
