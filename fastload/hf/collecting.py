@@ -66,8 +66,8 @@ def collect(
     if original_format:
         tensors = _revert_offloaded(model, tensors, loads)
     shards = None
-    if original_format and sum(map(_n_bytes, tensors.values())) > max_shard_bytes:
-        shards = _shards_of_transformers(model, kept, max_shard_bytes)
+    if sum(map(_n_bytes, tensors.values())) > max_shard_bytes:
+        shards = _shards_of_transformers(model, kept, original_format, max_shard_bytes)
         if shards is not None and sorted(key for keys in shards for key in keys) != sorted(tensors):
             shards = None
     offloaded = {key: loads[id(tensor)] for key, tensor in tensors.items() if id(tensor) in loads}
@@ -157,7 +157,9 @@ class _Views(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _shards_of_transformers(model: Any, kept: Tensors, max_shard_bytes: int) -> list[list[str]] | None:
+def _shards_of_transformers(
+    model: Any, kept: Tensors, original_format: bool, max_shard_bytes: int
+) -> list[list[str]] | None:
     """The keys of each shard as transformers divides them; None where that cannot be known.
 
     transformers counts storages, and puts tensors of one storage into one shard: all the experts of a layer, say. It
@@ -168,6 +170,8 @@ def _shards_of_transformers(model: Any, kept: Tensors, max_shard_bytes: int) -> 
         name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         for name, tensor in kept.items()
     }
+    if not original_format:
+        return _split(likenesses, max_shard_bytes)
     try:
         if {"cpu", "disk"}.isdisjoint(getattr(model, "hf_device_map", {}).values()):
             return _split(revert_weight_conversion(model, likenesses), max_shard_bytes)
@@ -180,7 +184,9 @@ def _shards_of_transformers(model: Any, kept: Tensors, max_shard_bytes: int) -> 
 def _split(tensors: Mapping[str, torch.Tensor], max_shard_bytes: int) -> list[list[str]]:
     storages = {key: tensor.untyped_storage() for key, tensor in tensors.items()}
     sizes = {key: storage.nbytes() for key, storage in storages.items()}
-    return split_into_shards(sizes, max_shard_bytes, {key: storage._cdata for key, storage in storages.items()})
+    # Those without elements have no address, which counts as one storage.
+    groups = {key: storage._cdata if sizes[key] else 0 for key, storage in storages.items()}
+    return split_into_shards(sizes, max_shard_bytes, groups)
 
 
 def _n_bytes(tensor: torch.Tensor) -> int:

@@ -81,6 +81,15 @@ def test_files_of_a_loaded_model_are_those_of_transformers(tmp_path: Path, name:
     assert_same_tensors(weights(ours), weights(tmp_path / "first"))
 
 
+def test_tensors_without_elements_are_divided_as_transformers_does(tmp_path: Path) -> None:
+    model = made("bert")
+    for layer in model.bert.encoder.layer:
+        layer.register_buffer("first", torch.empty(0, 3))
+        layer.register_buffer("second", torch.empty(0))
+    ours, stock = save_both_ways(model, tmp_path, max_shard_size="20KB")
+    assert_same_checkpoint(ours, stock)
+
+
 def test_prefix_that_a_load_removed_is_put_back(tmp_path: Path) -> None:
     made("bert").save_pretrained(tmp_path / "first")
     base = transformers.BertModel.from_pretrained(tmp_path / "first", add_pooling_layer=False)
