@@ -117,17 +117,23 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         self._device = torch.device("cpu")
         self._in_memory: dict[str, torch.Tensor] = {}
         self._same_as: dict[str, str] = {}
+        self._apart: dict[str, MappedFile] = {}
         self._buffers: frozenset[str] = frozenset()
         self.index = {name: _index_entry(row, specs) for name, row in self._rows.items()}
         self.index |= {name: {} for name in sources}
+        self._files: dict[str, MappedFile] = {}
         if isinstance(files, Checkpoint):
-            self._files: dict[str, MappedFile] = {}
             self._open_file: OpenFile = self._files.__getitem__
             keys = [key for source in sources.values() for matched in source.keys.values() for key in matched]
             self._hold([specs[key] for key in keys], files)
         else:
             self._open_file = files
             self._rows = {name: without_file(row) for name, row in self._rows.items()}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the report of the load."""
+        return (f"{len(self)} tensors stay on disk: a forward reads them from the files",)
 
     def keep(self, model: Any, asked: Any) -> None:
         """Keep in memory what is meant for disk and in no file, now that the load has given it values.
@@ -144,6 +150,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
                 self._same_as[name] = name_of[id(state[name])]
                 self.index[name] = self.index[self._same_as[name]]
         self._buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+        self._map_apart()
 
     def attach(self, model: torch.nn.Module) -> None:
         """Have the hooks of a dispatched model ask here: they share one loader, which asks its state dict first."""
@@ -161,7 +168,6 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         tensor = self._in_memory.get(name)
         if tensor is not None:
             return tensor
-        name = self._same_as.get(name, name)
         # A forward under inference mode must leave nothing in the open files that a later one could not use.
         with torch.inference_mode(False), torch.no_grad():
             tensor = self._made(name)
@@ -185,17 +191,33 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         return self
 
     def _made(self, name: str) -> torch.Tensor:
+        apart = self._apart.get(name)
+        name = self._same_as.get(name, name)
         row = self._rows.get(name)
         if row is None:
             return self._convert(self._sources[name], self._open_file)[name]
         if isinstance(row, FusedRow):
             destination = {} if row.action is Action.REMAP else {name: _fresh(row)}
             return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, destination)[0][name]
+        if apart is not None:
+            return apart.tensor(row.spec)
         tensor = place(LoadPlan((row,), _NO_KEYS), self._open_file, title=name)[name]
         if row.action in (Action.COPY, Action.DECODE):
             # The file remembers what it had to copy.
             self._open_file(row.spec.region.file).release(row.spec.region)
         return tensor
+
+    def _map_apart(self) -> None:
+        """Map once more what is a tensor under several names: writers refuse tensors that are the same memory."""
+        seen = set()
+        for name in self.index:
+            row = self._rows.get(self._same_as.get(name, name))
+            if isinstance(row, PlanRow) and row.action is Action.MAP and row.spec.region.file in self._files:
+                file, offset_bytes, n_bytes, _ = row.spec.region
+                where = (row.spec.region, row.spec.view)
+                if where in seen:
+                    self._apart[name] = MappedFile(file, offset_bytes + n_bytes)
+                seen.add(where)
 
     def _hold(self, converted: Iterable[TensorSpec], checkpoint: Checkpoint) -> None:
         """Map the files once, and open those whose pages will be laid side by side, under a path that stays good."""

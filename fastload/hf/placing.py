@@ -105,7 +105,7 @@ def place_weights(
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
         unexpected_keys=tuple(sorted(info.unexpected_keys)),
         mismatched_keys=tuple((name, tuple(found), tuple(built)) for name, found, built in info.mismatched_keys),
-        notes=checkpoint.notes if checkpoint else (),
+        notes=(*(checkpoint.notes if checkpoint else ()), *(disk.notes if disk else ())),
     )
     remember_report(model, report)
     return info, disk

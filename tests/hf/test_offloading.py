@@ -154,6 +154,26 @@ def test_saving_goes_through_the_hooks(written: Written, tmp_path: Path, options
             assert_same_tensors(weights(saved), weights(folder))
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
+def test_tied_tensors_are_saved_as_by_transformers(tmp_path: Path, form: str) -> None:
+    model = build("t5", tie_word_embeddings=True)
+    hf.save_pretrained(model, tmp_path / "model", safe_serialization=form == "safetensors")
+    if form == "bin":
+        torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    kind = type(model)
+    stock = kind.from_pretrained(tmp_path / "model", device_map=ALL, offload_folder=tmp_path / "offload")
+    loaded = load(kind, tmp_path / "model", device_map=ALL)
+    for step in ("before", "after"):
+        for saved, offloaded in (("stock", stock), ("loaded", loaded)):
+            offloaded.save_pretrained(tmp_path / step / saved)
+        hf.save_pretrained(loaded, tmp_path / step / "ours")
+        for saved in ("loaded", "ours"):
+            assert_same_tensors(weights(tmp_path / step / saved), weights(tmp_path / step / "stock"))
+        # Accelerate leaves ties by the first forward.
+        assert same_bytes(logits(loaded), logits(stock))
+
+
 # Where fastload does more than transformers.
 
 
