@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fastload.models.bert_heads import BertForTokenClassification as BertForTokenClassification
     from fastload.models.bert_heads import BertLMHeadModel as BertLMHeadModel
     from fastload.models.config import PreTrainedConfig as PreTrainedConfig
+    from fastload.models.generation.generation_config import GenerationConfig as GenerationConfig
     from fastload.prefetching import Prefetch as Prefetch
     from fastload.prefetching import prefetch as prefetch
     from fastload.reports import LoadReport as LoadReport
@@ -72,6 +73,7 @@ _HOMES = {
     "BertModel": "fastload.models.bert",
     "Checkpoint": "fastload.checkpoint",
     "FastloadError": "fastload.errors",
+    "GenerationConfig": "fastload.models.generation.generation_config",
     "LoadReport": "fastload.reports",
     "PreTrainedConfig": "fastload.models.config",
     "PreTrainedModel": "fastload.models.base",
