@@ -93,7 +93,8 @@ def save_pretrained(
             those that the model came from.
         distributed_checkpoint: each process writes its part; left to transformers.
         safe_serialization: True for safetensors, False for ``.bin`` (which transformers 5 itself no longer writes).
-        stock: the ``save_pretrained`` of PreTrainedModel in whose place this is called.
+        stock: the ``save_pretrained`` of PreTrainedModel in whose place this is called, also by ``super()`` of a class
+            with one of its own. Without it, such a class is asked to save itself.
 
     Returns:
         What was written; None where this process is to write nothing, and where transformers or the model's own

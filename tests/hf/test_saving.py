@@ -310,6 +310,13 @@ def test_class_that_saves_more_does_so_and_its_weights_are_saved_by_fastload(tmp
     assert model.n_calls == 1
 
 
+def test_call_in_the_place_of_the_method_does_what_the_method_does_and_no_more(tmp_path: Path) -> None:
+    model = Own(transformers.BertConfig(**SIZES))
+    save_pretrained(model, tmp_path, stock=transformers.PreTrainedModel.save_pretrained)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert model.n_calls == 0
+
+
 @pytest.mark.parametrize("is_on", [False, True], ids=["off", "on"])
 def test_what_only_transformers_knows_is_handed_over_and_counted(tmp_path: Path, is_on: bool) -> None:
     model = made("bert")
