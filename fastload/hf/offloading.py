@@ -13,6 +13,7 @@ import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from transformers.integrations.accelerate import expand_device_map
 
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import to_torch
+from fastload.errors import FastloadError
 from fastload.formats.specs import TensorSpec
 from fastload.hf.planning import WeightPlan
 from fastload.hf.renaming import Source
@@ -120,8 +122,9 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         self._apart: dict[str, MappedFile] = {}
         self._buffers: frozenset[str] = frozenset()
         self.index = {name: _index_entry(row, specs) for name, row in self._rows.items()}
-        self.index |= {name: {} for name in sources}
+        self.index |= {name: _source_entry(source, specs) for name, source in sources.items()}
         self._files: dict[str, MappedFile] = {}
+        self._real_name: dict[str, str] = {}
         if isinstance(files, Checkpoint):
             self._open_file: OpenFile = self._files.__getitem__
             keys = [key for source in sources.values() for matched in source.keys.values() for key in matched]
@@ -170,8 +173,10 @@ class DiskWeights(Mapping[str, torch.Tensor]):
             return tensor
         # A forward under inference mode must leave nothing in the open files that a later one could not use.
         with torch.inference_mode(False), torch.no_grad():
-            tensor = self._made(name)
-            if name in self._buffers or self._device.type != "cpu":
+            row = self._rows.get(self._same_as.get(name, name))
+            tensor = self._converted(name) if row is None else self._placed(row, self._apart.get(name))
+            is_of_file = row is None or row.action in (Action.MAP, Action.REMAP)
+            if is_of_file and (name in self._buffers or self._device.type != "cpu"):
                 # Forwards write to buffers, and do not mean the next one to see it. And a driver that copies from
                 # a private mapping breaks its copy-on-write first, page by page.
                 tensor = tensor.clone()
@@ -190,18 +195,18 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         """Copies of a model share it: it is only read."""
         return self
 
-    def _made(self, name: str) -> torch.Tensor:
-        apart = self._apart.get(name)
-        name = self._same_as.get(name, name)
-        row = self._rows.get(name)
-        if row is None:
-            return self._convert(self._sources[name], self._open_file)[name]
+    def _converted(self, name: str) -> torch.Tensor:
+        first = self._same_as.get(name, name)
+        return self._convert(self._sources[first], self._open_file)[first]
+
+    def _placed(self, row: PlanRow | FusedRow, apart: MappedFile | None) -> torch.Tensor:
         if isinstance(row, FusedRow):
-            destination = {} if row.action is Action.REMAP else {name: _fresh(row)}
-            return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, destination)[0][name]
+            destination = {} if row.action is Action.REMAP else {row.fqn: _fresh(row)}
+            with self._real_names():
+                return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, destination)[0][row.fqn]
         if apart is not None:
             return apart.tensor(row.spec)
-        tensor = place(LoadPlan((row,), _NO_KEYS), self._open_file, title=name)[name]
+        tensor = place(LoadPlan((row,), _NO_KEYS), self._open_file, title=row.fqn)[row.fqn]
         if row.action in (Action.COPY, Action.DECODE):
             # The file remembers what it had to copy.
             self._open_file(row.spec.region.file).release(row.spec.region)
@@ -242,7 +247,20 @@ class DiskWeights(Mapping[str, torch.Tensor]):
     def _path_of_its_own(self, path: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, descriptor)
-        return f"{_DESCRIPTORS}/{descriptor}"
+        own = f"{_DESCRIPTORS}/{descriptor}"
+        self._real_name[own] = path
+        return own
+
+    @contextmanager
+    def _real_names(self) -> Iterator[None]:
+        """Has errors name a file as the caller knows it."""
+        try:
+            yield
+        except FastloadError as error:
+            if error.file in self._real_name:
+                own, error.file = error.file, self._real_name[error.file]
+                error.args = (str(error).replace(own, error.file), *error.args[1:])
+            raise
 
 
 def _meant_for_disk(model: Any, names: Mapping[str, Any], asked: Any) -> frozenset[str]:
@@ -261,6 +279,11 @@ def _index_entry(row: PlanRow | FusedRow, specs: Mapping[str, TensorSpec]) -> di
     entry = {"safetensors_file": spec.region.file, "dtype": str(to_torch(row.dtype)).removeprefix("torch.")}
     is_as_needed = specs[spec.key] == row.spec and spec.region.file.endswith(".safetensors")
     return entry | {"weight_name": spec.key} if is_as_needed else entry
+
+
+def _source_entry(source: Source, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    key = next(key for keys in source.keys.values() for key in keys)
+    return {"safetensors_file": specs[key].region.file}
 
 
 def _fresh(row: FusedRow) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
 from fastload import hf
+from fastload.errors import TruncatedFileError
 from fastload.storage.memory import private_bytes
 from tests.conftest import same_bytes
 from tests.hf.families import build, model_class, randomised
@@ -174,6 +175,39 @@ def test_tied_tensors_are_saved_as_by_transformers(tmp_path: Path, form: str) ->
         assert same_bytes(logits(loaded), logits(stock))
 
 
+@pytest.mark.parametrize("kind", [Llama, Moe])
+def test_weights_are_sent_to_the_device_that_computes(written: Written, tmp_path: Path, kind: Any) -> None:
+    # Meta stands for an accelerator: what is on disk and on the CPU is sent there for each forward.
+    device_map = LAST | {"model.embed_tokens": "meta"}
+    folder = written(kind.config_class.model_type)
+    stock = kind.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+    loaded = load(kind, folder, device_map=device_map)
+    assert_same_models(stock, loaded)
+    hooks = [module._hf_hook for module in loaded.modules() if getattr(module, "_hf_hook", None)]
+    weights_map = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
+    of_disk = {name for name in weights_map if weights_map[name].is_meta}
+    assert of_disk == {
+        name for name in loaded.state_dict() if name.startswith(("model.layers.1", "model.n", "lm_head"))
+    }
+    assert len(of_disk) < len(weights_map)
+
+
+@pytest.mark.filterwarnings("ignore:for base_model:UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_of_peft_on_a_model_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)  # where peft writes a copy of the model
+    folder = tmp_path / "models--tiny"
+    build("llama").save_pretrained(folder)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(Llama.from_pretrained(folder), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    device_map = {f"base_model.model.{name}": device for name, device in LAST.items()}
+    base = load(Llama, folder, device_map=LAST)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", device_map=device_map).eval()
+    assert loaded.base_model.model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert same_bytes(logits(loaded), logits(adapted))
+
+
 # Where fastload does more than transformers.
 
 
@@ -203,6 +237,17 @@ def test_files_that_are_replaced_are_read_as_they_were(written: Written, tmp_pat
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     assert same_bytes(logits(loaded), expected)
+
+
+def test_a_file_that_is_cut_is_named(tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path)
+    experts = load(Moe, tmp_path, device_map=ALL).model.layers[1].mlp.experts
+    file = tmp_path / "model.safetensors"
+    os.truncate(file, 4096)
+    with pytest.raises(TruncatedFileError) as caught:
+        experts._hf_hook.weights_map["gate_up_proj"]
+    assert caught.value.file == str(file)
+    assert f"file:     {file}" in str(caught.value)
 
 
 @pytest.mark.parametrize("on_disk", [{"model.embed_tokens"}, {"lm_head"}, {"model.embed_tokens", "lm_head"}], ids=str)
