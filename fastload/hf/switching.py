@@ -105,6 +105,6 @@ def _saving(original: Any) -> Any:
             return original(self, *args, **kwargs)
         from fastload.hf.saving import save_pretrained
 
-        return save_pretrained(self, *args, **kwargs)
+        return save_pretrained(self, *args, stock=original, **kwargs)
 
     return save

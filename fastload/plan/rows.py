@@ -89,6 +89,11 @@ class LoadPlan:
     fused: tuple[FusedRow, ...] = ()
 
     @property
+    def all_rows(self) -> list[PlanRow | FusedRow]:
+        """Those of single tensors, then the fused ones."""
+        return [*self.rows, *self.fused]
+
+    @property
     def n_bytes(self) -> int:
         """Bytes in the files of all rows. A storage that several rows share counts once."""
         return sum(self.bytes_by_action().values())

@@ -77,15 +77,15 @@ class Arrivals:
             return
         self._units = find_units(modules)
         if options.memory_budget_bytes is not None:
-            self._division = divide(plan, self._units, options.memory_budget_bytes)
+            self._division = divide(modules, plan, self._units, options.memory_budget_bytes)
         # Names of one parameter that the files have several times must be compared, and so be there.
-        n_rows = Counter(tied.get(row.fqn) or row.fqn for row in (*plan.rows, *plan.fused))
+        n_rows = Counter(tied.get(row.fqn) or row.fqn for row in plan.all_rows)
         self._compared = {fqn for fqn in tied if n_rows[tied.get(fqn) or fqn] > 1}
 
     def split(self, plan: LoadPlan) -> tuple[LoadPlan, LoadPlan]:
         """The part of a plan that is placed by the load, and the part that arrives afterwards."""
         if self._options.is_deferred:
-            later = {row.fqn for row in (*plan.rows, *plan.fused) if row.action is not Action.FILL}
+            later = {row.fqn for row in plan.all_rows if row.action is not Action.FILL}
         elif self._division is not None:
             rows = [row for unit in self._division.passing for row in self._division.rows[unit]]
             later = {row.fqn for row in rows if row.action not in _MAPPED}
@@ -108,7 +108,7 @@ class Arrivals:
     def begin(self, model: nn.Module, open_file: Callable[[str], MappedFile]) -> None:
         """Let the later part arrive; the model is finished but for it."""
         if self._division is not None:
-            if self._division.passing:
+            if self._division.passing or self._division.experts:
                 Budget(self._modules, self._division, open_file)
         elif self._options.is_deferred:
             deferred = _DEFERRED[model] = Deferred(self._modules, self._later, open_file, self._units)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,8 @@ from fastload.storage.mapping import MappedFile
 from fastload.storage.readahead import Extent
 from fastload.streaming.blocks import REST, Units
 from fastload.streaming.deferring import Place, places_of, plan_of, put
-from fastload.streaming.pages import MappedPart, let_go, parts_of
+from fastload.streaming.experts import RoutedExperts, routed_rows
+from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of
 from fastload.streaming.reading import Reader, Ticket
 
 __all__ = ["Budget", "Division", "divide"]
@@ -38,18 +39,46 @@ _MAPPED = frozenset({Action.MAP, Action.REMAP})
 _LEAST_WINDOW = 2
 
 
+class _Watched(NamedTuple):
+    """A mapped tensor that comes and goes: itself, how often it had been written to, and where its pages are."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    parts: list[MappedPart]
+
+
 class Division:
     """Which units stay.
 
     Attributes:
         rows: unit -> its rows.
         n_bytes: unit -> bytes of its weights in memory.
+        experts: modules of routed experts -> their rows, of which the last used stay; none where everything fits.
+        experts_bytes: most bytes of these.
         staying: units that stay.
         passing: units that come and go, in order.
         window_bytes: most bytes of passing units at a time.
     """
 
-    def __init__(self, rows: Mapping[str, Sequence[Row]], order: Sequence[str], budget_bytes: int) -> None:
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        order: Sequence[str],
+        budget_bytes: int,
+        experts: Mapping[str, Sequence[Row]],
+    ) -> None:
+        self.experts: Mapping[str, Sequence[Row]] = {}
+        self.experts_bytes = 0
+        routed_bytes = sum(_memory_bytes(row) for of_module in experts.values() for row in of_module)
+        whole_bytes = sum(_memory_bytes(row) for of_unit in rows.values() for row in of_unit)
+        if experts and whole_bytes > budget_bytes:
+            routed = {row.fqn for of_module in experts.values() for row in of_module}
+            rows = {unit: [row for row in of_unit if row.fqn not in routed] for unit, of_unit in rows.items()}
+            dense_bytes = whole_bytes - routed_bytes
+            self.experts = experts
+            # What is used by every token has precedence; where it does not fit either, both get their share.
+            self.experts_bytes = budget_bytes - dense_bytes if dense_bytes <= budget_bytes // 2 else budget_bytes // 2
+            budget_bytes -= self.experts_bytes
         self.rows = rows
         self.n_bytes = {unit: sum(_memory_bytes(row) for row in of_unit) for unit, of_unit in rows.items()}
         order = [unit for unit in order if unit in rows]
@@ -83,16 +112,22 @@ class Division:
         self.window_bytes = budget_bytes - staying_bytes
 
 
-def divide(plan: LoadPlan, units: Units, budget_bytes: int) -> Division:
+def divide(modules: Mapping[str, nn.Module], plan: LoadPlan, units: Units, budget_bytes: int) -> Division:
     """Divide a plan's rows by unit, and say which units stay.
+
+    Args:
+        modules: every module of the model by name.
+        plan: the plan of the load.
+        units: how the model is divided.
+        budget_bytes: most bytes of weights in memory.
 
     Raises:
         OptionError: the budget is less than what must be in memory at one time.
     """
     rows: dict[str, list[Row]] = {}
-    for row in (*plan.rows, *plan.fused):
+    for row in plan.all_rows:
         rows.setdefault(units.of_tensor(row.fqn), []).append(row)
-    return Division(rows, units.names, budget_bytes)
+    return Division(rows, units.names, budget_bytes, routed_rows(modules, plan.all_rows))
 
 
 class Budget:
@@ -117,27 +152,25 @@ class Budget:
         self._tickets: dict[str, Ticket] = {}
         self._made: dict[str, list[Row]] = {}
         self._places: dict[str, list[Place]] = {}
-        self._mapped: dict[str, list[tuple[weakref.ref[torch.Tensor], int, list[MappedPart]]]] = {}
+        self._mapped: dict[str, list[_Watched]] = {}
         self.n_read_bytes = 0
+        mappings = FileMappings()
         for unit in self._order:
             rows = division.rows[unit]
             self._made[unit] = [row for row in rows if row.action not in _MAPPED]
             places = places_of(modules, [row.fqn for row in rows])
             self._places |= {row.fqn: places[row.fqn] for row in self._made[unit]}
-            self._mapped[unit] = [self._watched(row, places[row.fqn][0]) for row in rows if row.action in _MAPPED]
+            self._mapped[unit] = [
+                self._watched(row, places[row.fqn][0], mappings) for row in rows if row.action in _MAPPED
+            ]
             module = modules[unit]
             module.register_forward_pre_hook(partial(self._enter, unit))
             module.register_forward_hook(partial(self._leave, unit), always_call=True)
+        if division.experts:
+            RoutedExperts(modules, division.experts, division.experts_bytes)
         staying = [row for unit in division.staying for row in division.rows.get(unit, ()) if row.action in _MAPPED]
         self._first = self._reader.read(extent for row in staying for extent in _extents(row))
         self._read_ahead(0)
-
-    @staticmethod
-    def _watched(row: Row, place: Place) -> tuple[weakref.ref[torch.Tensor], int, list[MappedPart]]:
-        module = place.module()
-        assert module is not None
-        tensor = getattr(module, place.name)
-        return weakref.ref(tensor), _version(tensor), parts_of(row, tensor.detach())
 
     def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
         """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
@@ -163,10 +196,10 @@ class Budget:
     def _leave(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
         """After the forward: its memory is free for others. Weights that someone has written to stay."""
         parts = []
-        for reference, version, of_tensor in self._mapped[unit]:
-            tensor = reference()
-            if tensor is not None and _version(tensor) == version:
-                parts += of_tensor
+        for watched in self._mapped[unit]:
+            tensor = watched.tensor()
+            if tensor is not None and _version(tensor) == watched.version:
+                parts += watched.parts
         let_go(parts)
         for row in self._made[unit]:
             placeholder = torch.empty(row.spec.shape, dtype=_dtype(self._places[row.fqn]), device="meta")
@@ -189,6 +222,13 @@ class Budget:
         for ticket in self._tickets.values():
             ticket.cancel()
         self._tickets.clear()
+
+
+def _watched(row: Row, place: Place, mappings: FileMappings) -> _Watched:
+    module = place.module()
+    assert module is not None
+    tensor = getattr(module, place.name)
+    return _Watched(weakref.ref(tensor), _version(tensor), parts_of(row, tensor.detach(), mappings))
 
 
 def _version(tensor: torch.Tensor) -> int:

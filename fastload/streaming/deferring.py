@@ -54,9 +54,9 @@ class Deferred:
         units: Units,
     ) -> None:
         self._open_file = open_file
-        self._places = places_of(modules, [row.fqn for row in (*plan.rows, *plan.fused)])
+        self._places = places_of(modules, [row.fqn for row in plan.all_rows])
         self._rows: dict[str, list[PlanRow | FusedRow]] = {}
-        for row in (*plan.rows, *plan.fused):
+        for row in plan.all_rows:
             self._rows.setdefault(units.of_tensor(row.fqn), []).append(row)
         self._units = [unit for unit in units.names if unit in self._rows]
         self._locks = {unit: threading.Lock() for unit in self._units}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -17,7 +18,7 @@ from fastload.plan.fusing import FusedSpec
 from fastload.plan.rows import FusedRow, PlanRow
 from fastload.storage.readahead import Extent
 
-__all__ = ["MappedPart", "let_go", "parts_of"]
+__all__ = ["FileMappings", "MappedPart", "let_go", "parts_of"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_DONTNEED = 4
@@ -35,16 +36,40 @@ class MappedPart(NamedTuple):
     address: int
 
 
-def parts_of(row: PlanRow | FusedRow, tensor: torch.Tensor) -> list[MappedPart]:
-    """The parts of a mapped row's tensor: one, or one for each piece of a fused tensor, in its order."""
+class FileMappings:
+    """Where this process has files mapped, at the moment when this is made."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                addresses, _, _, _, inode = line.split(None, 5)[:5]
+                if inode != "0":
+                    begin, _, end = addresses.partition("-")
+                    self._begins.append(int(begin, 16))
+                    self._ends.append(int(end, 16))
+
+    def __contains__(self, address: int) -> bool:
+        at = bisect_right(self._begins, address) - 1
+        return at >= 0 and address < self._ends[at]
+
+
+def parts_of(row: PlanRow | FusedRow, tensor: torch.Tensor, mappings: FileMappings) -> list[MappedPart]:
+    """The parts of a mapped row's tensor: one, or one for each piece of a fused tensor, in its order.
+
+    Pieces that had to be copied are not among them (see `fastload.storage.remapping`): they do not lie in a page as
+    they do in the file, or there were no mappings left for them.
+    """
     spec: TensorSpec | FusedSpec = row.spec
     base = tensor.data_ptr()
     if isinstance(spec, FusedSpec):
         itemsize = row.dtype.itemsize
-        return [
+        parts = [
             MappedPart(Extent(*piece.spec.region[:3]), base + piece.offset * itemsize)
             for piece in sorted(spec.pieces, key=lambda piece: piece.offset)
         ]
+        return [part for part in parts if _up(part.address) in mappings]
     start = base - (spec.view.offset * row.dtype.itemsize if spec.view is not None else 0)
     return [MappedPart(Extent(*spec.region[:3]), start)]
 
@@ -57,7 +82,7 @@ def let_go(parts: Iterable[MappedPart]) -> None:
     descriptors: dict[str, int] = {}
     try:
         for (file, offset, n_bytes), address in parts:
-            begin = -(-address // _PAGE) * _PAGE
+            begin = _up(address)
             end = (address + n_bytes) // _PAGE * _PAGE
             if end > begin:
                 _libc().madvise(begin, end - begin, _MADV_DONTNEED)
@@ -69,6 +94,11 @@ def let_go(parts: Iterable[MappedPart]) -> None:
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _up(address: int) -> int:
+    """The first page that begins at an address or behind it."""
+    return -(-address // _PAGE) * _PAGE
 
 
 @cache

@@ -46,9 +46,15 @@ class Ticket:
 
 
 class Reader:
-    """Threads that read; they end with this object."""
+    """Threads that read; they end with this object.
 
-    def __init__(self) -> None:
+    Args:
+        scattered: what is read lies in small parts here and there. Then the kernel shall not read on behind them, nor
+            keep them in units that are too large to be let go of one by one.
+    """
+
+    def __init__(self, *, scattered: bool = False) -> None:
+        self._scattered = scattered
         self._threads = ThreadPoolExecutor(_N_THREADS, "fastload-blocks")
         self._own = threading.local()
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)
@@ -57,19 +63,25 @@ class Reader:
         """Begin to read extents, in order."""
         chunks = [chunk for extent in extents for chunk in _chunks(extent)]
         own = self._own
-        return Ticket([self._threads.submit(_read, own, chunk) for chunk in chunks], sum(c.n_bytes for c in chunks))
+        return Ticket(
+            [self._threads.submit(_read, own, self._scattered, chunk) for chunk in chunks],
+            sum(c.n_bytes for c in chunks),
+        )
 
 
 class _Tools:
     """What a thread reads with: a descriptor a file, since readers of one spoil each other's order, and a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, scattered: bool) -> None:
+        self._scattered = scattered
         self.buffer = memoryview(bytearray(_READ_BYTES))
         self._descriptors: dict[str, int] = {}
 
     def descriptor(self, file: str) -> int:
         if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            if self._scattered and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         return self._descriptors[file]
 
     def __del__(self) -> None:
@@ -82,11 +94,11 @@ def _chunks(extent: Extent) -> Iterable[Extent]:
         yield Extent(extent.file, extent.offset_bytes + at, min(_CHUNK_BYTES, extent.n_bytes - at))
 
 
-def _read(own: threading.local, chunk: Extent) -> int:
+def _read(own: threading.local, scattered: bool, chunk: Extent) -> int:
     """Read a chunk, unless it is cached. Returns the bytes that were not."""
     tools: _Tools | None = getattr(own, "tools", None)
     if tools is None:
-        tools = own.tools = _Tools()
+        tools = own.tools = _Tools(scattered)
     end = chunk.offset_bytes + chunk.n_bytes
     try:
         descriptor = tools.descriptor(chunk.file)
