@@ -37,6 +37,7 @@ class KeyRules:
         ignore_unexpected: patterns of keys that old checkpoints carry and the model has no need of.
         keep_in_fp32: parts of names that stay float32 in a model loaded as float16, whose range they overflow.
         fusions: tensors of the model that checkpoints keep in pieces.
+        spellings: parts of names as checkpoints have them -> as the model has them.
     """
 
     base_prefix: str = ""
@@ -44,6 +45,7 @@ class KeyRules:
     ignore_unexpected: tuple[str, ...] = ()
     keep_in_fp32: tuple[str, ...] = ()
     fusions: tuple[Fusion, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,9 @@ def match_keys(
     unexpected: list[str] = []
     ignored: list[str] = []
     is_ignorable = _any_pattern(rules.ignore_unexpected)
+    spellings = (*_OLD_SPELLINGS, *rules.spellings)
     for key, name in later:
-        candidates = list(_other_names(name, rules.base_prefix))
+        candidates = list(_other_names(name, rules.base_prefix, spellings))
         fqn = next((c for c in candidates if c in slots and slots[c].persistent and c not in taken), None)
         if fqn is not None:
             fqn_of_key[key] = fqn
@@ -110,10 +113,10 @@ def _unfilled(slots: Mapping[str, Slot], taken: set[str]) -> Iterable[str]:
             yield fqn
 
 
-def _other_names(name: str, base_prefix: str) -> Iterable[str]:
+def _other_names(name: str, base_prefix: str, spellings: Iterable[tuple[str, str]]) -> Iterable[str]:
     """The names a key can stand for, from the least change to the most."""
     respelt = name
-    for old, new in _OLD_SPELLINGS:
+    for old, new in spellings:
         respelt = respelt.replace(old, new)
     prefix = f"{base_prefix}."
     for candidate in (respelt,) if respelt == name else (respelt, name):
