@@ -202,7 +202,7 @@ class PretrainedLoading:
         self.config.architectures = [type(self).__name__]
         self.config.dtype = model.dtype
         return save_checkpoint(
-            model.state_dict() if state_dict is None else state_dict,
+            self._as_in_files(model.state_dict() if state_dict is None else state_dict),
             save_directory,
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
@@ -217,6 +217,10 @@ class PretrainedLoading:
     def _companions(self) -> dict[str, str]:
         """File name -> text of what is saved beside config.json."""
         return {}
+
+    def _as_in_files(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A model's tensors under the names, and in the pieces, that checkpoints of the family have."""
+        return tensors
 
     def _tied_names(self) -> dict[str, str]:
         """Names that hold the same parameter as another -> that other, as far as they are tied at this moment."""
