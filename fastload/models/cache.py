@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastload.errors import OptionError
+from fastload.models.decoder_config import head_size
 
 if TYPE_CHECKING:
     from fastload.models.config import PreTrainedConfig
@@ -55,8 +56,7 @@ class KVCache:
             )
         sizes: Any = config
         heads = sizes.num_key_value_heads or sizes.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-        shape = (batch_size, heads, max_length, head_dim)
+        shape = (batch_size, heads, max_length, head_size(config))
         dtype = dtype or config.dtype or torch.float32
         self.max_length = max_length
         self.length = 0
