@@ -28,6 +28,15 @@ class Family:
 
 
 _BERT = "fastload.models.bert_heads:"
+
+
+def _decoder(config: str, base: str, *heads: str) -> Family:
+    """A row of decoders: their config, their model without a head, and those with one, named after their Auto class."""
+    tasks = {f"AutoModelFor{head.rpartition('For')[2]}": head for head in heads}
+    classes = {task: f"fastload.models.decoder_families:{name}" for task, name in {"AutoModel": base, **tasks}.items()}
+    return Family(f"fastload.models.decoder_config:{config}", classes)
+
+
 _FAMILIES: dict[str, Family] = {
     "bert": Family(
         "fastload.models.bert_config:BertConfig",
@@ -42,6 +51,74 @@ _FAMILIES: dict[str, Family] = {
             "AutoModelForSequenceClassification": _BERT + "BertForSequenceClassification",
             "AutoModelForTokenClassification": _BERT + "BertForTokenClassification",
         },
+    ),
+    "gemma": _decoder(
+        "GemmaConfig",
+        "GemmaModel",
+        "GemmaForCausalLM",
+        "GemmaForSequenceClassification",
+        "GemmaForTokenClassification",
+    ),
+    "gemma2": _decoder(
+        "Gemma2Config",
+        "Gemma2Model",
+        "Gemma2ForCausalLM",
+        "Gemma2ForSequenceClassification",
+        "Gemma2ForTokenClassification",
+    ),
+    "gemma3_text": _decoder(
+        "Gemma3TextConfig",
+        "Gemma3TextModel",
+        "Gemma3ForCausalLM",
+        "Gemma3TextForSequenceClassification",
+    ),
+    "llama": _decoder(
+        "LlamaConfig",
+        "LlamaModel",
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        "LlamaForQuestionAnswering",
+        "LlamaForTokenClassification",
+    ),
+    "mistral": _decoder(
+        "MistralConfig",
+        "MistralModel",
+        "MistralForCausalLM",
+        "MistralForSequenceClassification",
+        "MistralForQuestionAnswering",
+        "MistralForTokenClassification",
+    ),
+    "mixtral": _decoder(
+        "MixtralConfig",
+        "MixtralModel",
+        "MixtralForCausalLM",
+        "MixtralForSequenceClassification",
+        "MixtralForQuestionAnswering",
+        "MixtralForTokenClassification",
+    ),
+    "qwen2": _decoder(
+        "Qwen2Config",
+        "Qwen2Model",
+        "Qwen2ForCausalLM",
+        "Qwen2ForSequenceClassification",
+        "Qwen2ForQuestionAnswering",
+        "Qwen2ForTokenClassification",
+    ),
+    "qwen3": _decoder(
+        "Qwen3Config",
+        "Qwen3Model",
+        "Qwen3ForCausalLM",
+        "Qwen3ForSequenceClassification",
+        "Qwen3ForQuestionAnswering",
+        "Qwen3ForTokenClassification",
+    ),
+    "qwen3_moe": _decoder(
+        "Qwen3MoeConfig",
+        "Qwen3MoeModel",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeForSequenceClassification",
+        "Qwen3MoeForQuestionAnswering",
+        "Qwen3MoeForTokenClassification",
     ),
 }
 

@@ -177,7 +177,7 @@ def test_no_model_is_imported_to_choose_a_config(folder: Path) -> None:
         ({"model_type": ["bert"]}, "model_type", "['bert']"),
         ({}, "model_type", "nothing"),
         ({"architectures": []}, "model_type", "nothing"),
-        ({"architectures": ["LlamaForCausalLM"]}, "architectures", "LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures", "GPT2LMHeadModel"),
         ({"architectures": "BertModel"}, "architectures", "'BertModel'"),
         ({"architectures": [{}, 3]}, "architectures", "[{}, 3]"),
     ],
