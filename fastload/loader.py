@@ -183,7 +183,7 @@ def fill_module(
         tensors = place(now, open_file, existing, title=os.path.basename(source) or source)
         fused, n_remapped_bytes = place_fused(now, open_file, existing)
         # What is still to come is tied and finished with what stands for it.
-        tensors |= fused | {row.fqn: _placeholder(modules, row.fqn) for row in (*later.rows, *later.fused)}
+        tensors |= fused | {row.fqn: _placeholder(modules, row.fqn) for row in later.all_rows}
         n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     with clock("finish"):
         notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from fastload.hf.loading import loading_class
+from fastload.hf.loading import loading_class, read_ahead_for
 from fastload.hf.switching import enabled
 from fastload.hf.versions import unsupported_reason
 
@@ -35,6 +35,8 @@ def auto_class(name: str) -> Any:
         return original
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before the modelling code is imported, which takes seconds.
+        read_ahead_for(args, kwargs)
         # The class of a checkpoint's own modelling file is not looked up in the mapping.
         with enabled() if kwargs.get("trust_remote_code") else nullcontext():
             return original.from_pretrained.__func__(cls, *args, **kwargs)
@@ -54,7 +56,7 @@ def _is_auto(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, _BaseAutoModelClass)
 
 
-class _LoadingMapping:
+class _LoadingMapping(Mapping[Any, Any]):
     """A mapping of config classes to model classes that gives, of each, the class that fastload loads it by."""
 
     def __init__(self, mapping: Any) -> None:
@@ -65,6 +67,9 @@ class _LoadingMapping:
         if isinstance(found, (list, tuple)):
             return tuple(map(loading_class, found))
         return loading_class(found)
+
+    def __len__(self) -> int:
+        return len(self._mapping)
 
     def __contains__(self, config_class: object) -> bool:
         return config_class in self._mapping

@@ -34,7 +34,7 @@ from fastload.pauses import paused_collector
 from fastload.prefetching import read_ahead_early
 from fastload.reports import collapse_keys
 
-__all__ = ["Loading", "load", "loading_class"]
+__all__ = ["Loading", "load", "loading_class", "read_ahead_for"]
 
 # Held while transformers has functions of torch, or its own, replaced for the whole process.
 _GLOBALS_LOCK = threading.RLock()
@@ -104,7 +104,9 @@ class Loading:
         current = _CURRENT.get()
         if current is not None:
             current.is_fast = True
-        info, disk = place_weights(model, state_dict, checkpoint_files, load_config)
+        # As in transformers, whose threads know nothing of the caller's mode: what is made in it can never be trained.
+        with torch.inference_mode(False):
+            info, disk = place_weights(model, state_dict, checkpoint_files, load_config)
         if current is not None:
             current.disk = disk
         return info, None if disk is None else disk.index
@@ -145,9 +147,7 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     """
     options = dict(kwargs)
     current = _Load(strict=bool(options.pop("strict", False)))
-    path = args[0] if args else options.get("pretrained_model_name_or_path")
-    if path is not None and not options.get("gguf_file"):
-        _read_ahead(path, options)
+    read_ahead_for(args, options)
     token = _CURRENT.set(current)
     try:
         with paused_collector():
@@ -159,8 +159,14 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         _CURRENT.reset(token)
 
 
-def _read_ahead(path: Any, options: Mapping[str, Any]) -> None:
-    """Begin to read what is cold; whatever is wrong with the arguments, transformers will say."""
+def read_ahead_for(args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Begin to read what is cold of the files that a call of from_pretrained is about.
+
+    Files that are being read are joined. Whatever is wrong with the arguments, transformers will say.
+    """
+    path = args[0] if args else options.get("pretrained_model_name_or_path")
+    if path is None or options.get("gguf_file"):
+        return
     with suppress(FastloadError, TypeError):
         files = FileOptions(
             variant=options.get("variant"),

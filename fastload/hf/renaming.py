@@ -24,10 +24,12 @@ __all__ = ["Renamed", "Source", "rename_keys"]
 
 # A number between dots, as in "layers.11.weight".
 _NUMBER = re.compile(r"(?:(?<=\.)|^)([0-9]+)(?=\.|$)")
-# The parts of a pattern for which one number is as another. A wildcard of one character is not among them on its own.
+# The parts of a pattern for which one number is as another: no digits, unless a letter before them says that they are
+# not a number between dots, and no wildcard of one character on its own.
 _TOKEN = re.compile(
-    r"""(?P<text>[A-Za-z_-]+) | (?P<dot>\\\.) | (?P<any>\.(?![*+?])) | (?P<wild>(?:\.|\\d|\\w|\[\^\.\])[*+]\??)
-    | (?P<alternative>\|) | (?P<begin>\^) | (?P<end>\$) | (?P<edge>\\w(?![*+?]))
+    r"""(?P<text>[A-Za-z_-][A-Za-z0-9_-]*) | (?P<dot>\\\.) | (?P<any>\.(?![*+?]))
+    | (?P<wild>(?:\.|\\d|\\w|\[\^\.\])[*+]\??) | (?P<edge>\\w(?![*+?]))
+    | (?P<alternative>\|) | (?P<begin>\^) | (?P<end>\$)
     | (?P<group>\((?:\?:|\?!|\?=|\?P<g[0-9]+>)?|\))
     """,
     re.VERBOSE,

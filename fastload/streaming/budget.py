@@ -160,9 +160,8 @@ class Budget:
             self._made[unit] = [row for row in rows if row.action not in _MAPPED]
             places = places_of(modules, [row.fqn for row in rows])
             self._places |= {row.fqn: places[row.fqn] for row in self._made[unit]}
-            self._mapped[unit] = [
-                self._watched(row, places[row.fqn][0], mappings) for row in rows if row.action in _MAPPED
-            ]
+            mapped = [row for row in rows if row.action in _MAPPED]
+            self._mapped[unit] = [_watched(row, places[row.fqn][0], mappings) for row in mapped]
             module = modules[unit]
             module.register_forward_pre_hook(partial(self._enter, unit))
             module.register_forward_hook(partial(self._leave, unit), always_call=True)
