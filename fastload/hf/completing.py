@@ -143,8 +143,14 @@ def _meta_attributes(modules: _Modules) -> Iterator[tuple[str, str]]:
     """(module, attribute) of tensors on meta that are neither parameters nor buffers, also in lists, tuples, dicts."""
     for prefix, module in modules.items():
         for name, value in module.__dict__.items():
-            if name not in _OF_EVERY_MODULE and _has_meta(value):
+            if name not in _OF_EVERY_MODULE and _has_meta(value) and not _are_parameters(value, module):
                 yield prefix, name
+
+
+def _are_parameters(value: Any, module: nn.Module) -> bool:
+    """Whether this is a list of the module's own parameters, as recurrent modules keep one. They may stay on disk."""
+    own = {id(parameter) for parameter in module._parameters.values()}
+    return type(value) is list and own.issuperset(map(id, value))
 
 
 def _has_meta(value: Any) -> bool:

@@ -73,10 +73,10 @@ def place_weights(
         wanted = _state_of(model, modules)
         transforms = asked.weight_mapping or []
         renamed = rename_keys(opened.specs, transforms, model, wanted)
-        dtype_of = dtype_finder(asked.dtype_plan or {}, wanted)
+        on_disk = names_on_disk(model, wanted, asked)
+        dtype_of = dtype_finder(asked.dtype_plan or {}, wanted, as_built=on_disk)
         device_of = _device_finder(asked.device_map, wanted)
         weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of)
-        on_disk = names_on_disk(model, wanted, asked)
         weights, left = split_plan(weights, on_disk)
     info = _info(wanted, weights)
     with clock("place"):

@@ -6,7 +6,7 @@ laid side by side, pieces written into place. Everything else is a conversion, r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,14 @@ class WeightPlan:
     n_conversion_bytes: int
 
 
-def dtype_finder(dtype_plan: Mapping[str, torch.dtype], wanted: Mapping[str, Any]) -> Callable[[str], torch.dtype]:
-    """name -> type it shall have: the one it was built with, unless a pattern of the plan says another."""
+def dtype_finder(
+    dtype_plan: Mapping[str, torch.dtype], wanted: Mapping[str, Any], *, as_built: Container[str] = ()
+) -> Callable[[str], torch.dtype]:
+    """name -> type it shall have: the one it was built with, unless a pattern of the plan says another.
+
+    What is to be as built is so whatever the plan says: a forward makes of a tensor on disk what the model was built
+    with.
+    """
     built = {name: tensor.dtype for name, tensor in wanted.items() if isinstance(tensor, torch.Tensor)}
     if not dtype_plan:
         return built.__getitem__
@@ -51,7 +57,7 @@ def dtype_finder(dtype_plan: Mapping[str, torch.dtype], wanted: Mapping[str, Any
 
     def find(name: str) -> torch.dtype:
         match = alternation.search(name)
-        return built[name] if match is None else dtype_plan[pattern_of_group[match.lastgroup]]
+        return built[name] if match is None or name in as_built else dtype_plan[pattern_of_group[match.lastgroup]]
 
     return find
 

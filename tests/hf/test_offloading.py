@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
@@ -141,6 +142,35 @@ def test_buffers(tmp_path: Path, offload_buffers: bool, train: bool) -> None:
     assert (mean in on_meta(loaded)) == offload_buffers
 
 
+class Recurrent(transformers.PreTrainedModel):
+    """A model with a module that keeps a list of its parameters."""
+
+    config_class = transformers.BertConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lstm = nn.LSTM(8, 8, num_layers=2)
+        self.head = nn.Linear(8, 3)
+        self.post_init()
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.lstm(values)[0])
+        return found
+
+
+@pytest.mark.parametrize("device_map", [ALL, {"lstm": "disk", "head": "cpu"}], ids=["all", "part"])
+def test_recurrent_modules(tmp_path: Path, device_map: dict[str, str]) -> None:
+    model = randomised(Recurrent(transformers.BertConfig()))
+    model.save_pretrained(tmp_path / "model")
+    loaded = assert_same_load(
+        Recurrent, tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    ).model
+    assert loaded is not None
+    values = torch.ones(4, 2, 8)
+    for _ in range(2):
+        assert same_bytes(loaded(values), model(values))
+
+
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {}], ids=["shards", "one file"])
 def test_saving_goes_through_the_hooks(written: Written, tmp_path: Path, options: dict[str, Any]) -> None:
     for kind in (Llama, Moe, Bert):
@@ -153,6 +183,16 @@ def test_saving_goes_through_the_hooks(written: Written, tmp_path: Path, options
         hf.save_pretrained(loaded, ours, **options)
         for saved in (stock, ours):
             assert_same_tensors(weights(saved), weights(folder))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
+def test_tensors_that_stay_float32_in_memory_are_saved_as_by_transformers(written: Written, tmp_path: Path) -> None:
+    kind, folder = model_class("t5"), written("t5")
+    options = {"device_map": ALL, "dtype": "float16"}
+    stock = kind.from_pretrained(folder, offload_folder=tmp_path / "offload", **options)
+    stock.save_pretrained(tmp_path / "stock")
+    hf.save_pretrained(load(kind, folder, **options), tmp_path / "ours")
+    assert_same_tensors(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
