@@ -21,9 +21,9 @@ from tests.conformance.loading import (
     make_gaps,
     observe,
     outcome_differences,
-    overwrite_freed_memory,
     stored,
     told,
+    unwritten_memory_shown,
 )
 from tests.conformance.tiny import NotBuiltError, build
 
@@ -42,10 +42,10 @@ class Result:
         differences: lines by variant.
         lossy: what transformers does not bring back as it was built.
         mended: computed tensors that transformers leaves without values and the other loader does not.
-        unsteady: how two loads of the same files by transformers differ: memory that nobody wrote.
+        unsteady: what transformers does not write, or not twice the same.
         n_converters: how many operations turn stored tensors into the model's.
         fast, handed_over: loads and saves that fastload did, and others by their reason.
-        stock_seconds, other_seconds: of loads alone, the same ones.
+        stock_seconds, other_seconds: of the processor, for loads alone, the same ones by both.
     """
 
     family: str
@@ -153,8 +153,8 @@ class Case:
         if lines and expected.state and found.state:
             right = mended(self.built, expected.state, found.state)
             self.result.mended = sorted({*self.result.mended, *right})
-            overwrite_freed_memory(expected.state)
-            again = observe(STOCK, model_class, folder, **options)
+            with unwritten_memory_shown():
+                again = observe(STOCK, model_class, folder, **options)
             unsteady = [line for line in outcome_differences(expected, again) if not _is_of(line, right)]
             self.result.unsteady = sorted({*self.result.unsteady, *unsteady})[:MOST_LINES]
             lines = [line for line in lines if not _is_of(line, [*right, *map(_subject, unsteady)])]

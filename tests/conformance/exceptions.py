@@ -23,6 +23,8 @@ BY_CONFIG: dict[str, dict[str, Any]] = {
     },
     "JanusVQVAEConfig": {"channel_multiplier": (1, 1, 2)},
     "Emu3VQVAEConfig": {"channel_multiplier": (1, 1)},
+    # Whose tensors are stored in other pieces.
+    "Dinov2WithRegistersConfig": {"use_swiglu_ffn": True},
     # Values that a default config lacks.
     "ChameleonConfig": {"vocabulary_map": {"<image>": 5}},
     "Emu3Config": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6}},
@@ -39,6 +41,7 @@ BY_CONFIG: dict[str, dict[str, Any]] = {
         "scale_conv_out_channels": [16],
         "scale_final_hidden_sizes": [16, 16],
     },
+    "RfDetrConfig": {"backbone_config": {"model_type": "rf_detr_dinov2", "use_swiglu_ffn": True}},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,

@@ -93,7 +93,8 @@ def _totals(results: Sequence[Result], seconds: float) -> Iterator[str]:
     )
     yield f"  {n_fast} loads and saves by fastload, {n_handed_over} handed over ({_share(n_handed_over, n_fast)})"
     yield from (f"    {count} x {reason}" for reason, count in handed_over.most_common())
-    yield f"  loads took {stock:.2f} s by stock and {other:.2f} s by the other ({_share(other, stock - other)})"
+    share = _share(other, stock - other)
+    yield f"  loads took {stock:.2f} s of the processor by stock and {other:.2f} s by the other ({share})"
 
 
 def _share(part: float, rest: float) -> str:

@@ -285,4 +285,4 @@ def test_the_report_names_what_differs_and_adds_up() -> None:
     assert "DinatModel: needs natten" in text
     assert "3 classes of 2 families in 9 s: 1 passed, 1 differs, 0 stock fails, 1 skipped" in text
     assert "11 loads and saves by fastload, 1 handed over (8.3%)\n    1 x a quantizer" in text
-    assert "loads took 4.00 s by stock and 2.00 s by the other (50.0%)" in text
+    assert "loads took 4.00 s of the processor by stock and 2.00 s by the other (50.0%)" in text

@@ -134,7 +134,8 @@ def tiny_config(
     values: dict[str, Any] = {}
     fixed = {**_stages(config_class, given or {}), **BY_CONFIG.get(config_class.__name__, {}), **(fixed or {})}
     for name, (part_class, part_given) in _parts(config_class).items():
-        values[name] = tiny_config(part_class, rung, fixed.pop(name, {}), part_given)
+        fixed_part = {key: value for key, value in fixed.pop(name, {}).items() if key != "model_type"}
+        values[name] = tiny_config(part_class, rung, fixed_part, part_given)
     values |= fixed
     for name, value in (_defaults(config_class) | dict(given or {})).items():
         if name not in values:
@@ -157,8 +158,11 @@ def _parts(config_class: type[PreTrainedConfig]) -> dict[str, tuple[type[PreTrai
     for name, spec in config_class.sub_configs_defaults.items():
         parts.pop(name, None)
         if not spec.optional:
-            named = issubclass(spec.config_class, PreTrainedConfig)
-            parts[name] = (spec.config_class if named else spec.get_config_class(spec.model_type), spec.init_kwargs)
+            # A table may name another type for a part: transformers itself does not know one that it names.
+            model_type = BY_CONFIG.get(config_class.__name__, {}).get(name, {}).get("model_type")
+            named = issubclass(spec.config_class, PreTrainedConfig) and not model_type
+            part = spec.config_class if named else spec.get_config_class(model_type or spec.model_type)
+            parts[name] = (part, spec.init_kwargs)
     return parts
 
 
