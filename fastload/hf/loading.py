@@ -22,17 +22,18 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from fastload.errors import FastloadError, KeyMatchError
+from fastload.errors import FastloadError, KeyMatchError, OptionError
 from fastload.hf.completing import finish
 from fastload.hf.counting import count_load
 from fastload.hf.handing_over import reason_to_hand_over
 from fastload.hf.offloading import DiskWeights
 from fastload.hf.placing import place_weights
 from fastload.initialisers import BuildOnMeta
-from fastload.options import FileOptions, HubOptions
+from fastload.options import FileOptions, HubOptions, LoadOptions
 from fastload.pauses import paused_collector
 from fastload.prefetching import read_ahead_early
 from fastload.reports import collapse_keys
+from fastload.streaming.arrivals import parse_memory_budget
 
 __all__ = ["Loading", "load", "loading_class", "read_ahead_for"]
 
@@ -45,15 +46,17 @@ class _Load:
     """One call of from_pretrained.
 
     Attributes:
-        strict: raise where keys do not fit.
+        how: what was asked of fastload alone.
         rebuild: builds the model again as it was built for this load.
         is_fast: whether fastload placed the weights.
+        begin: lets weights arrive that come after the load.
         disk: what stays on disk.
     """
 
-    strict: bool
+    how: LoadOptions
     rebuild: Callable[[], Any] | None = None
     is_fast: bool = False
+    begin: Callable[[], None] | None = None
     disk: DiskWeights | None = None
 
 
@@ -97,18 +100,25 @@ class Loading:
     ) -> Any:
         reason = reason_to_hand_over(model, state_dict, checkpoint_files, load_config)
         count_load(reason)
+        current = _CURRENT.get()
         if reason:
+            if current is not None and current.how != LoadOptions(strict=current.how.strict):
+                raise OptionError(
+                    "weights cannot arrive later where transformers places them",
+                    found=reason,
+                    fix="leave out lazy, stream and memory_budget",
+                )
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
-        current = _CURRENT.get()
         if current is not None:
             current.is_fast = True
         # As in transformers, whose threads know nothing of the caller's mode: what is made in it can never be trained.
         with torch.inference_mode(False):
-            info, disk = place_weights(model, state_dict, checkpoint_files, load_config)
+            how = LoadOptions() if current is None else current.how
+            info, disk, begin = place_weights(model, state_dict, checkpoint_files, load_config, how)
         if current is not None:
-            current.disk = disk
+            current.disk, current.begin = disk, begin
         return info, None if disk is None else disk.index
 
     @staticmethod
@@ -120,8 +130,10 @@ class Loading:
             info = finish(model, load_config, loading_info, current.rebuild)
         if current.disk is not None:
             current.disk.keep(model, load_config)
-        if current.strict:
+        if current.how.strict:
             _check_keys(info, load_config.pretrained_model_name_or_path)
+        if current.begin is not None:
+            current.begin()
         return info
 
 
@@ -143,11 +155,20 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
 
     Args:
         from_pretrained: bound to that class.
-        args, kwargs: the caller's; ``strict=True`` is fastload's own, and raises KeyMatchError where keys do not fit.
+        args, kwargs: the caller's. Fastload's own among them are ``strict`` (KeyMatchError where keys do not fit), ``lazy``,
+            ``stream`` and ``memory_budget`` (see `PretrainedLoading.from_pretrained`).
     """
     options = dict(kwargs)
-    current = _Load(strict=bool(options.pop("strict", False)))
-    read_ahead_for(args, options)
+    budget = options.pop("memory_budget", None)
+    how = LoadOptions(
+        strict=bool(options.pop("strict", False)),
+        lazy=bool(options.pop("lazy", False)),
+        stream=bool(options.pop("stream", False)),
+        memory_budget_bytes=parse_memory_budget(budget),
+    )
+    current = _Load(how)
+    if budget is None:
+        read_ahead_for(args, options)
     token = _CURRENT.set(current)
     try:
         with paused_collector():

@@ -23,6 +23,7 @@ from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
 from fastload.loader import remember_report
+from fastload.options import LoadOptions
 from fastload.placement.cpu import place
 from fastload.placement.fused import place_fused
 from fastload.placement.modules import give
@@ -32,6 +33,7 @@ from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch
 from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
+from fastload.streaming.arrivals import Arrivals
 
 __all__ = ["place_weights"]
 
@@ -48,8 +50,12 @@ class _Opened:
 
 
 def place_weights(
-    model: Any, state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, asked: Any
-) -> tuple[LoadStateDictInfo, DiskWeights | None]:
+    model: Any,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    files: Sequence[str] | None,
+    asked: Any,
+    how: LoadOptions,
+) -> tuple[LoadStateDictInfo, DiskWeights | None, Callable[[], None]]:
     """Fill a model built on meta, as `PreTrainedModel._load_pretrained_model` does.
 
     Args:
@@ -57,9 +63,11 @@ def place_weights(
         state_dict: tensors by key, to be used instead of files.
         files: paths of the weight files.
         asked: transformers' LoadStateDictConfig of this load.
+        how: what was asked of fastload alone: weights that arrive later.
 
     Returns:
-        transformers' account of the keys, and what stays on disk, if there is a device map that says so.
+        transformers' account of the keys; what stays on disk, if there is a device map that says so; and what lets
+        later weights arrive, to be called when the load has ended.
 
     Raises:
         FormatError: a file is not what it should be. What the files lack is in the result, as transformers has it.
@@ -68,6 +76,8 @@ def place_weights(
     before_bytes = private_bytes()
     with clock("open"):
         opened = _open(state_dict, files, asked.sharded_metadata)
+        if opened.checkpoint is not None and how.memory_budget_bytes is None:
+            opened.checkpoint.read_ahead()
     with clock("plan"):
         modules = walk_modules(model)
         wanted = _state_of(model, modules)
@@ -78,10 +88,11 @@ def place_weights(
         device_of = _device_finder(asked.device_map, wanted)
         weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of)
         weights, left = split_plan(weights, on_disk)
+        arrivals = Arrivals(modules, weights.plan, how, model.all_tied_weights_keys)
     info = _info(wanted, weights)
     with clock("place"):
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
-        bytes_by_action, sources = _place(modules, weights, opened, info, asked, convert, on_disk)
+        bytes_by_action, sources, open_file = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals)
         disk = None
         if uses_disk(asked):
             convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
@@ -108,7 +119,7 @@ def place_weights(
         notes=(*(checkpoint.notes if checkpoint else ()), *(disk.notes if disk else ())),
     )
     remember_report(model, report)
-    return info, disk
+    return info, disk, partial(arrivals.begin, model, open_file)
 
 
 def _state_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -143,7 +154,6 @@ def _open(
         return _Opened(given.specs, lambda path: given, None)
     assert files is not None
     checkpoint = open_files(files, index and index.get("weight_map"))
-    checkpoint.read_ahead()
     return _Opened(checkpoint.specs, checkpoint.open_file, checkpoint)
 
 
@@ -180,11 +190,13 @@ def _place(
     asked: Any,
     convert: Convert,
     on_disk: frozenset[str],
-) -> tuple[dict[str, int], dict[str, Source]]:
+    arrivals: Arrivals,
+) -> tuple[dict[str, int], dict[str, Source], OpenFile]:
     """Make all tensors and give them to the model.
 
     Returns:
-        Bytes in the files by what was done with them, and the sources of what is converted and stays on disk.
+        Bytes in the files by what is done with them, the sources of what is converted and stays on disk, and the way
+        to open the files.
     """
     plan, open_file = weights.plan, opened.open_file
     if opened.checkpoint is not None:
@@ -192,9 +204,12 @@ def _place(
     else:
         plan = replace(plan, rows=tuple(map(without_file, plan.rows)), fused=tuple(map(without_file, plan.fused)))
     title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
-    tensors = place(plan, open_file, title=title)
-    fused, n_remapped_bytes = place_fused(plan, open_file, {})
+    now, later = arrivals.split(plan)
+    tensors = place(now, open_file, title=title)
+    fused, n_remapped_bytes = place_fused(now, open_file, {})
+    n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     _set(modules, tensors | fused, info)
+    _mark(modules, [row.fqn for row in later.all_rows], info)
     left: dict[str, Source] = {}
     for source in weights.conversions:
         # What stays on disk is made too, for its names, and to tell now what cannot be made.
@@ -204,7 +219,7 @@ def _place(
     counts = plan.bytes_by_outcome(n_remapped_bytes)
     if weights.n_conversion_bytes:
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
-    return counts, left
+    return counts, left, open_file
 
 
 def _converted(
@@ -253,7 +268,7 @@ def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], 
 
 
 def _mark(modules: Mapping[str, nn.Module], names: Iterable[str], info: LoadStateDictInfo) -> None:
-    """Mark tensors as loaded that stay as they are: without memory."""
+    """Mark tensors as loaded that stay as they are for now: without memory."""
     for name in names:
         prefix, _, last = name.rpartition(".")
         getattr(modules[prefix], last)._is_hf_initialized = True
