@@ -155,8 +155,8 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
 
     Args:
         from_pretrained: bound to that class.
-        args, kwargs: the caller's. Fastload's own among them are ``strict`` (KeyMatchError where keys do not fit), ``lazy``,
-            ``stream`` and ``memory_budget`` (see `PretrainedLoading.from_pretrained`).
+        args, kwargs: the caller's. Fastload's own among them are ``strict`` (KeyMatchError where keys do not fit),
+            ``lazy``, ``stream`` and ``memory_budget`` (see `PretrainedLoading.from_pretrained`).
     """
     options = dict(kwargs)
     budget = options.pop("memory_budget", None)
