@@ -72,8 +72,9 @@ class Decoding:
             self._mask = torch.ones_like(self._tokens)
             self._mask[:, : self.length] = prompt.mask
         self._positions = prompt.positions
-        # The last token is never looked back at.
-        self._cache = KVCache(model.config, n_rows, limit - 1, dtype=model.dtype, device=device)
+        # Weights that have not arrived will be of the type that the config says. The last token is not looked back at.
+        dtype = model.config.dtype if next(model.parameters()).is_meta else model.dtype
+        self._cache = KVCache(model.config, n_rows, limit - 1, dtype=dtype, device=device)
         self._ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
         self._filler = (
             settings.pad_token_id if settings.pad_token_id is not None else next(iter(settings.eos_token_id), 0)

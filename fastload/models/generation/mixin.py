@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -132,7 +133,7 @@ class GenerationMixin:
             attention_mask,
             settings,
             n_vocabulary=model.get_input_embeddings().num_embeddings,
-            device=model.device,
+            device=_device(model),
         )
         n_rows, n_prompt = prompt.tokens.shape
         extra = [logits_processor] if callable(logits_processor) else list(logits_processor or ())
@@ -153,6 +154,12 @@ class GenerationMixin:
 
     def _companions(self) -> dict[str, str]:
         return {GENERATION_CONFIG_NAME: self.generation_config.to_json_string()}
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model runs. Weights that have not arrived are nowhere, but computed buffers are there at once."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in held if not tensor.is_meta), torch.device("cpu"))
 
 
 def _generator(given: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:

@@ -360,3 +360,14 @@ def test_a_model_trains_after_it_has_generated(tmp_path: Path) -> None:
     model.generate(tokens, max_new_tokens=2)
     model(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("way", [{"lazy": True}, {"stream": True}, {"memory_budget": "auto"}], ids=str)
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+def test_weights_may_arrive_while_the_text_is_made(tmp_path: Path, way: dict[str, Any], dtype: str) -> None:
+    folder = save_small(tmp_path)
+    tokens, mask = prompts(9, 3)
+    load = fastload.AutoModelForCausalLM.from_pretrained
+    options = {"attention_mask": mask, "max_new_tokens": N_NEW}
+    expected = load(folder, dtype=dtype).generate(tokens, **options)
+    assert torch.equal(load(folder, dtype=dtype, **way).generate(tokens, **options), expected)
