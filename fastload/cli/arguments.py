@@ -62,7 +62,7 @@ class Where:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns names the module of the command in ``module``."""
     parser = argparse.ArgumentParser(
-        prog="fastload", description="Look into Hugging Face checkpoints, load, convert and verify them."
+        prog="fastload", description="Look into Hugging Face checkpoints, load, convert, verify and time them."
     )
     parser.add_argument("--version", action="version", version=f"fastload {fastload.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_load(commands)
     _add_convert(commands)
     _add_verify(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -119,6 +120,24 @@ def _add_verify(commands: Any) -> None:
     _add_json(parser)
 
 
+def _add_bench(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "bench",
+        "benching",
+        "load and run a model in fresh processes, beside transformers; print what it took",
+    )
+    parser.add_argument(
+        "--rounds", metavar="N", type=_count, default=3, help="processes of each kind; medians count (default: 3)"
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", type=_count, default=16, help="tokens of the input (default: %(default)s)"
+    )
+    parser.add_argument("--no-cold", dest="cold", action="store_false", help="only with the files in the page cache")
+    _add_dtype(parser)
+    _add_json(parser)
+
+
 def _add_command(commands: Any, name: str, module: str, purpose: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."
@@ -152,6 +171,12 @@ def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return os.fspath(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _size(text: str) -> int:
