@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fastload
 from fastload.errors import FastloadError, MissingDependencyError
+from fastload.examples.tokenizing import read_tokenizer
 from fastload.reports import format_bytes
 
 if TYPE_CHECKING:
@@ -102,16 +103,7 @@ def packaged_model() -> str:
 
 def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a folder, set up for batches: padded to the longest, cut at MAX_TOKENS."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingDependencyError(
-            "texts are cut into tokens by tokenizers, which is not installed", fix='pip install "fastload[demo]"'
-        ) from None
-    file = os.path.join(folder, "tokenizer.json")
-    if not os.path.isfile(file):
-        raise FastloadError("the model's folder has no tokenizer", file=file, fix="give a folder that has both")
-    tokenizer = Tokenizer.from_file(file)
+    tokenizer = read_tokenizer(folder)
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]") or 0)
     return tokenizer
