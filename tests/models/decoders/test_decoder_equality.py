@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +261,37 @@ def test_a_vocabulary_can_be_resized(family: str, tmp_path: Path) -> None:
     ours.resize_token_embeddings(120)
     assert_close(ours(tokens(1, 5)).logits[..., :97], before)
     assert ours.config.vocab_size == 120
+
+
+@each_family
+@torch.no_grad()
+def test_models_can_be_copied_and_pickled(family: str, tmp_path: Path) -> None:
+    _, ours = pair(tmp_path, family)
+    expected = ours(tokens(1, 7)).logits
+    assert torch.equal(copy.deepcopy(ours)(tokens(1, 7)).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(tokens(1, 7)).logits, expected)
+
+
+@pytest.mark.parametrize("family", DENSE)
+@torch.no_grad()
+def test_models_without_experts_can_be_exported(family: str, tmp_path: Path) -> None:
+    _, ours = pair(tmp_path, family)
+    exported = torch.export.export(ours, (tokens(1, 7),), {"use_cache": False}).module()
+    assert_close(exported(tokens(1, 7, seed=5), use_cache=False).logits, ours(tokens(1, 7, seed=5)).logits)
+
+
+def test_a_fresh_process_needs_no_other_library(tmp_path: Path) -> None:
+    theirs = their_model("qwen3_moe")
+    theirs.save_pretrained(tmp_path)
+    script = """
+import sys
+sys.modules["transformers"] = None
+import torch
+from fastload import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model(torch.tensor([[3, 4, 5]])).logits.argmax(-1).tolist())
+print([name for name in ("accelerate", "huggingface_hub", "safetensors", "numpy.random") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    expected = theirs(torch.tensor([[3, 4, 5]])).logits.argmax(-1).tolist()
+    assert done.stdout.splitlines() == [str(expected), "[]"]
