@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from suite.outcome import Workload
 
-from workloads import cold, first_output, formats, imports, load, memory, saving, whole, workers
+from workloads import cold, decoders, first_output, formats, imports, load, memory, saving, whole, workers
 
 __all__ = ["WORKLOADS"]
 
@@ -25,5 +25,11 @@ WORKLOADS: dict[str, Workload] = {
         workers.WORKERS,
         cold.FIRST_FORWARD,
         saving.SAVE,
+        decoders.TTFT_LLAMA,
+        decoders.TTFT_LLAMA_COLD,
+        decoders.TTFT_MOE,
+        decoders.DECODE,
+        decoders.BIGGER,
+        decoders.BIGGER_MOE,
     )
 }

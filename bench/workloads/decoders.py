@@ -1,0 +1,163 @@
+"""Large-model inference: first tokens, decoding, models that do not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from suite.checkpoints import llama_1b, moe, n_weight_bytes, warm_up
+from suite.fingerprint import same_output
+from suite.fresh import run_job
+from suite.limited import reason_for_no_limit
+from suite.outcome import Outcome, Workload, at_least, at_most
+from suite.rounds import Rounds, interleave
+
+__all__ = ["BIGGER", "BIGGER_MOE", "DECODE", "TTFT_LLAMA", "TTFT_LLAMA_COLD", "TTFT_MOE"]
+
+_LLAMA_LIMIT_BYTES = 1_200_000_000
+_LLAMA_BUDGET_BYTES = 700_000_000
+_MOE_LIMIT_BYTES = 800_000_000
+_MOE_BUDGET_BYTES = 350_000_000
+_N_TOKENS = 64
+
+
+def _in_turns(commands: Mapping[str, tuple[str, ...]], rounds: int, result: str) -> tuple[Rounds, dict[str, Any]]:
+    """Run jobs in turns; returns their measurements, and of each what it says under a name."""
+    results: dict[str, dict[str, Any]] = {}
+
+    def job(row: str, command: tuple[str, ...]) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            results[row] = run_job(*command)
+            metrics: dict[str, float] = results[row]["metrics"]
+            return metrics
+
+        return run
+
+    runs = {row: job(row, command) for row, command in commands.items()}
+    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
+    return measured, {row: found[result] for row, found in results.items() if result in found}
+
+
+def _same_tokens(tokens: Mapping[str, list[int]]) -> None:
+    if len(set(map(tuple, tokens.values()))) > 1:
+        raise AssertionError(f"the tokens differ: {tokens}")
+
+
+def _first_token(rounds: int, make: Callable[[], Path], state: str, bound: float) -> Outcome:
+    folder = make()
+    warm_up(folder)
+    commands = {library: ("first_token", library, str(folder), state, "1") for library in ("fastload", "transformers")}
+    measured, tokens = _in_turns(commands, rounds, "tokens")
+    _same_tokens(tokens)
+    target = at_least(
+        "transformers / fastload",
+        bound,
+        lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
+        measured.samples,
+    )
+    return Outcome(rounds=measured, metric="seconds", targets=(target,))
+
+
+def _decode(rounds: int) -> Outcome:
+    commands = {
+        row: ("first_token", library, str(folder), "warm", str(_N_TOKENS))
+        for name, folder in (("", llama_1b()), ("MoE ", moe()))
+        for library in ("fastload", "transformers")
+        for row in (f"{name}{library}",)
+    }
+    for folder in (llama_1b(), moe()):
+        warm_up(folder)
+    measured, _ = _in_turns(commands, rounds, "tokens")
+    targets = tuple(
+        at_least(
+            f"{name}transformers / fastload",
+            1,
+            lambda value, name=name: value(f"{name}transformers", "decode_s") / value(f"{name}fastload", "decode_s"),
+            measured.samples,
+        )
+        for name in ("", "MoE ")
+    )
+    return Outcome(rounds=measured, metric="decode_s", not_peers=("MoE fastload", "MoE transformers"), targets=targets)
+
+
+def _bigger(rounds: int) -> Outcome:
+    if reason := reason_for_no_limit():
+        raise SystemExit(reason)
+    folder, limit = llama_1b(), str(_LLAMA_LIMIT_BYTES)
+    budget = str(_LLAMA_BUDGET_BYTES)
+    commands = {
+        row: ("bigger", row, str(folder), limit, budget, "4") for row in ("fastload", "transformers", "accelerate")
+    }
+    measured, outputs = _in_turns(commands | {"disk": ("bigger", "disk", str(folder), "0", "0", "4")}, rounds, "output")
+    same_output(outputs)
+    not_resident = (n_weight_bytes(folder) - _LLAMA_BUDGET_BYTES) / n_weight_bytes(folder)
+    targets = (
+        at_least("transformers / fastload", 2, lambda value: _ratio(value, "transformers"), measured.samples),
+        at_least("accelerate / fastload", 3, lambda value: _ratio(value, "accelerate"), measured.samples),
+        at_least(
+            "share of the disk's best rate, for the bytes beyond the budget",
+            75,
+            lambda value: value("disk", "seconds") * not_resident / value("fastload", "seconds") * 100,
+            measured.samples,
+            unit="%",
+        ),
+    )
+    return Outcome(rounds=measured, metric="seconds", not_peers=("disk",), targets=targets)
+
+
+def _bigger_moe(rounds: int) -> Outcome:
+    if reason := reason_for_no_limit():
+        raise SystemExit(reason)
+    folder = moe()
+    commands = {
+        "fastload": ("bigger", "fastload", str(folder), str(_MOE_LIMIT_BYTES), str(_MOE_BUDGET_BYTES), "1"),
+        "unlimited": ("bigger", "fastload", str(folder), "0", "0", "1"),
+    }
+    measured, outputs = _in_turns(commands, rounds, "output")
+    same_output(outputs)
+    target = at_most("fastload / unlimited", 3, lambda value: 1 / _ratio(value, "unlimited"), measured.samples)
+    return Outcome(rounds=measured, metric="seconds", targets=(target,))
+
+
+def _ratio(value: Callable[[str, str], float], peer: str) -> float:
+    return value(peer, "seconds") / value("fastload", "seconds")
+
+
+TTFT_LLAMA = Workload(
+    name="ttft-llama",
+    title="Llama 1.1B bf16, fresh process to first token, files in the page cache",
+    measure=partial(_first_token, make=llama_1b, state="warm", bound=2),
+    rounds=7,
+)
+TTFT_LLAMA_COLD = Workload(
+    name="ttft-llama-cold",
+    title="Llama 1.1B bf16, fresh process to first token, the file's cached pages dropped",
+    measure=partial(_first_token, make=llama_1b, state="cold", bound=2),
+    rounds=5,
+)
+TTFT_MOE = Workload(
+    name="ttft-moe",
+    title="Qwen3-MoE, 24 layers x 128 experts in bf16, fresh process to first token, files in the page cache",
+    measure=partial(_first_token, make=moe, state="warm", bound=4),
+    rounds=5,
+)
+DECODE = Workload(
+    name="decode",
+    title=f"{_N_TOKENS} tokens after a prompt of 8, greedy, Llama 1.1B and the MoE in bf16",
+    measure=_decode,
+    rounds=3,
+)
+BIGGER = Workload(
+    name="bigger-than-memory",
+    title="Llama 1.1B bf16 (2.2 GB) in a control group of 1.2 GB: a forward of 4 tokens after the first",
+    measure=_bigger,
+    rounds=3,
+)
+BIGGER_MOE = Workload(
+    name="bigger-than-memory-moe",
+    title="Qwen3-MoE (2.5 GB) in a control group of 0.8 GB: a step of one token after the first",
+    measure=_bigger_moe,
+    rounds=3,
+)
