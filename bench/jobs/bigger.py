@@ -57,9 +57,7 @@ def main(loader: str, folder: Path, limit_bytes: int, budget: int, n_tokens: int
     scratch = tempfile.mkdtemp()
     # Imports and torch's threads are there before the limit, as their files count for whoever reads them first.
     torch.ones(512, 512) @ torch.ones(512, 512)
-    __import__(
-        "fastload.models.decoder_families" if loader == "fastload" else "transformers.models.llama.modeling_llama"
-    )
+    import_module(_MODULES[loader == "fastload"])
     drop_cached(weight_files(folder))
     try:
         with limited(limit_bytes) if limit_bytes else nullcontext():

@@ -1,7 +1,7 @@
 """Process start to first token, and decoding: ``first_token.py LIBRARY FOLDER COLD N``.
 
-LIBRARY is fastload or transformers. With COLD "cold" the files' cached pages are dropped before the clock starts, with N above 1 so many tokens are
-generated greedily after the first.
+LIBRARY is fastload or transformers. With COLD "cold" the files' cached pages are dropped before the clock starts, with
+N above 1 so many tokens are generated greedily after the first.
 """
 
 from __future__ import annotations
