@@ -18,7 +18,7 @@ from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist,
 from transformers.modeling_utils import LoadStateDictConfig
 
 import fastload
-from fastload.hf.placing import place_weights
+from fastload.hf.loading import loading_class
 from tests.conformance.compare import tensor_state
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8]
@@ -46,20 +46,22 @@ class Holder(PreTrainedModel):
         self.post_init()
 
 
-def loaded(way: Any, files: Sequence[Path], shapes: Mapping[str, Any], dtype: torch.dtype, converter: Any) -> Any:
+def loaded(
+    model_class: Any, files: Sequence[Path], shapes: Mapping[str, Any], dtype: torch.dtype, converter: Any
+) -> Any:
     """A model on meta, filled one way or the other, and what that says."""
     with torch.device("meta"):
         model = Holder(HolderConfig(shapes={name: list(shape) for name, shape in shapes.items()}), dtype)
     asked = LoadStateDictConfig(dtype=dtype, weight_mapping=[converter], ignore_mismatched_sizes=True)
-    info, _ = way(model, None, [str(file) for file in files], asked)
+    info, _ = model_class._load_pretrained_model(model, None, [str(file) for file in files], asked)
     return model, info
 
 
 def assert_same_conversion(
     files: Sequence[Path], shapes: Mapping[str, Any], dtype: torch.dtype, make: Any
 ) -> tuple[Any, Any]:
-    expected, expected_info = loaded(PreTrainedModel._load_pretrained_model, files, shapes, dtype, make())
-    found, info = loaded(place_weights, files, shapes, dtype, make())
+    expected, expected_info = loaded(Holder, files, shapes, dtype, make())
+    found, info = loaded(loading_class(Holder), files, shapes, dtype, make())
     states = [{n: tensor_state("parameter", p) for n, p in m.named_parameters()} for m in (expected, found)]
     assert states[1] == states[0]
     assert (info.missing_keys, info.unexpected_keys) == (expected_info.missing_keys, expected_info.unexpected_keys)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import fastload
 from fastload import hf
-from fastload.errors import IndexFileError, KeyMatchError
+from fastload.errors import IndexFileError, KeyMatchError, TruncatedFileError
+from fastload.hf.loading import loading_class
 from tests.hf.families import build
 from tests.hf.sides import assert_same_load, assert_same_models, assert_same_outcome
 from tests.sources.hub_server import HubServer
@@ -103,6 +104,23 @@ def test_one_bin_file(written: Written, tmp_path: Path) -> None:
 def test_a_bin_file_of_the_older_form(written: Written, tmp_path: Path) -> None:
     pickled(written("llama"), tmp_path, _use_new_zipfile_serialization=False)
     assert_same_load(Llama, tmp_path)
+
+
+def test_a_bin_file_of_a_whole_state_dict_with_its_ties(tmp_path: Path) -> None:
+    for family in ("bert", "t5"):
+        model = build(family)
+        model.config.save_pretrained(tmp_path / family)
+        torch.save(model.state_dict(), tmp_path / family / "pytorch_model.bin")
+        assert_same_load(type(model), tmp_path / family)
+
+
+def test_tensors_of_a_bin_file_keep_their_strides(written: Written, tmp_path: Path) -> None:
+    copied(written("qwen3_moe"), tmp_path)
+    tensors = load_file(written("qwen3_moe") / "model.safetensors")
+    turned = {key: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor for key, tensor in tensors.items()}
+    torch.save(turned, tmp_path / "pytorch_model.bin")
+    for dtype in ("auto", "bfloat16"):
+        assert_same_load(transformers.Qwen3MoeForCausalLM, tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -197,7 +215,7 @@ def test_a_class_with_a_from_pretrained_of_its_own_keeps_it(written: Written) ->
     assert_same_models(stock, loaded)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, lambda: torch.device("cpu")], ids=str)
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.device("cpu")], ids=str)
 def test_what_the_caller_has_switched_on_counts(written: Written, around: Callable[[], Any]) -> None:
     with around():
         stock = Bert.from_pretrained(written("bert"))
@@ -285,6 +303,42 @@ def test_an_index_that_leaves_its_folder_is_refused(written: Written, tmp_path: 
     Llama.from_pretrained(tmp_path / "model")  # transformers reads whatever file an index names
     with hf.enabled(), pytest.raises(IndexFileError, match=r"\.\./elsewhere\.safetensors"):
         Llama.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("damage", ["names a key that its shard lacks", "lacks a key", "names another shard"])
+def test_an_index_that_is_not_right(written: Written, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(written("llama", max_shard_size="20KB"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    key, *_ = owners = index["weight_map"]
+    if damage.startswith("names a key"):
+        owners["model.nowhere.weight"] = owners[key]
+    elif damage == "lacks a key":
+        del owners[key]
+    else:
+        owners[key] = next(name for name in owners.values() if name != owners[key])
+    file.write_text(json.dumps(index))
+    assert_same_load(Llama, tmp_path)
+
+
+def test_files_that_are_lost_or_cut_short_are_errors(written: Written, tmp_path: Path) -> None:
+    shutil.copytree(written("llama", max_shard_size="20KB"), tmp_path, dirs_exist_ok=True)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with hf.enabled(), pytest.raises(TruncatedFileError, match=shard.name):
+        Llama.from_pretrained(tmp_path)
+    shard.unlink()
+    for load in (Llama.from_pretrained, loading_class(Llama).from_pretrained):
+        with pytest.raises(FileNotFoundError, match=shard.name):
+            load(tmp_path)
+
+
+def test_a_name_of_the_weights_that_the_config_gives(written: Written, tmp_path: Path) -> None:
+    copied(written("llama"), tmp_path, weights=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "mine.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "transformers_weights": "mine.safetensors"}))
+    assert_same_load(Llama, tmp_path)
 
 
 def copied(folder: Path, target: Path, weights: bool = False) -> None:
