@@ -103,8 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not tokens:
         raise OptionError("the prompt has no tokens", key="--prompt", found=repr(arguments.prompt))
     account = Account()
-    printer = Printer(tokenizer, account, begun)
-    print(_shown(arguments.prompt), end="\n\n" if arguments.chat else "", flush=True)
+    printer = Printer(tokenizer, account, begun, arguments.prompt + ("\n\n" if arguments.chat else ""))
     try:
         _generate(arguments, tokens, account, printer, begun)
     finally:
@@ -144,16 +143,17 @@ def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
 class Printer:
     """A streamer: prints the text that tokens make, as it comes, and notes when it came."""
 
-    def __init__(self, tokenizer: Any, account: Account, begun: float) -> None:
+    def __init__(self, tokenizer: Any, account: Account, begun: float, prompt: str) -> None:
         self._pieces = TextPieces(tokenizer)
         self._account = account
         self._begun = begun
-        self._is_prompt = True
+        self._prompt = prompt
 
     def put(self, value: Any) -> None:
-        """The prompt first, which is on the screen, then one token after the other."""
-        if self._is_prompt:
-            self._is_prompt = False
+        """The prompt's tokens first, then one token after the other."""
+        if self._prompt:
+            print(_shown(self._prompt), end="", flush=True)
+            self._prompt = ""
             return
         self._account.at_tokens.append(monotonic() - self._begun)
         (token,) = value.tolist()

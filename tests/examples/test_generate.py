@@ -98,7 +98,8 @@ def test_a_ctrl_c_ends_it_and_shows_what_there_was(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.decode().split() == ["interrupted"]
+    assert err.decode().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err.decode()
     assert "tokens per second" in out.decode()
 
 
@@ -113,7 +114,7 @@ def test_what_cannot_be_done_is_an_error_in_words(
     assert "has no tokenizer" in refused(capsys, tmp_path, "--prompt", "x")
     assert "has no tokens" in refused(capsys, folder, "--prompt", "")
     assert "temperature" in refused(capsys, folder, "--prompt", "x", "--temperature", -1)
-    assert "memory" in refused(capsys, folder, "--prompt", "x", "--memory", "1kB")
+    assert refused(capsys, folder, "--prompt", "x", "--memory", "1kB").startswith("the memory budget is too small")
     assert "dtype" in refused(capsys, folder, "--prompt", "x", "--dtype", "float7")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert "config.json" in refused(capsys, tmp_path, "--prompt", "x")

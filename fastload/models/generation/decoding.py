@@ -147,7 +147,8 @@ class Decoding:
         chosen = torch.where(self._finished, self._filler, chosen.to(self._tokens.device))
         self._tokens[:, length] = chosen
         if len(self._ends):
-            self._finished |= torch.isin(chosen, self._ends)
+            # torch.isin would wait for a GPU where there are many.
+            self._finished |= (chosen[:, None] == self._ends).any(1)
         for criterion in self._criteria:
             self._finished |= _as_rows(criterion(self._tokens[:, : length + 1], tuple(self._scores) or None), chosen)
 

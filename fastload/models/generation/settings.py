@@ -148,12 +148,14 @@ class Settings:
         """
         key = "max_length"
         if self.max_new_tokens is not None:
-            return n_prompt + self.max_new_tokens
-        if self.max_length is not None:
+            limit = n_prompt + self.max_new_tokens
+        elif self.max_length is not None:
             limit = self.max_length
         else:
             limit = min(n_prompt + _DEFAULT_NEW_TOKENS, n_positions or n_prompt + _DEFAULT_NEW_TOKENS)
             key = "max_position_embeddings"
+        if n_positions is not None and limit > n_positions:
+            _LOG.warning("generate: up to %d tokens, where the model was made for %d", limit, n_positions)
         if limit <= n_prompt:
             raise OptionError(
                 "the prompt is as long as the whole text may be",

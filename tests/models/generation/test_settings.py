@@ -55,6 +55,13 @@ def test_new_tokens_go_before_the_length_of_the_text() -> None:
     assert settings(max_length=40).length_limit(10, 20) == 40
 
 
+def test_more_tokens_than_the_model_was_made_for_are_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert settings(max_new_tokens=3).length_limit(10, 13) == 13
+    assert not caplog.text
+    assert settings(max_new_tokens=4).length_limit(10, 13) == 14
+    assert "up to 14 tokens, where the model was made for 13" in caplog.text
+
+
 def test_a_prompt_that_leaves_no_room_is_an_error() -> None:
     with pytest.raises(OptionError, match="fewer than 10 tokens"):
         settings(max_length=10).length_limit(10, None)
