@@ -7,8 +7,10 @@ and tensors that are plain attributes stay on meta. Here what nobody wrote is ta
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -116,12 +118,31 @@ def _mark_loaded_modules(modules: _Modules) -> None:
 def _built_for_real(model: Any, rebuild: Callable[[], Any], is_initialised: bool) -> Any:
     """The model once more, on the CPU. Without initialisers its parameters are allocated and not written."""
     dtype = torch.get_default_dtype()
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), nullcontext() if is_initialised else no_init_weights():
+    initialisers = nullcontext() if is_initialised else no_init_weights()
+    with _said_once(), torch.device("cpu"), torch.random.fork_rng(devices=[]), initialisers:
         torch.set_default_dtype(model.config.dtype if isinstance(model.config.dtype, torch.dtype) else dtype)
         try:
             return rebuild()
         finally:
             torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What a constructor logs in this thread was logged when it ran first."""
+    me = threading.get_ident()
+
+    def is_others(record: logging.LogRecord) -> bool:
+        return record.thread != me
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(is_others)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_others)
 
 
 def _tensor(modules: _Modules, name: str) -> torch.Tensor | None:
