@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -15,16 +16,15 @@ def private_bytes() -> int | None:
     """Resident anonymous memory (heap, copied-on-write pages) in bytes; None where the kernel does not say.
 
     Clean pages of a mapped file do not count: they belong to the page cache, are shared between processes, and the
-    kernel can take them back. Source: RssAnon of proc(5).
+    kernel can take them back. Source: proc(5), whose statm has the pages of RssAnon as the difference of two numbers
+    and is read in a fifth of the time of status.
     """
     try:
-        with open("/proc/self/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"RssAnon:"):
-                    return int(line.split()[1]) * 1024
+        with open("/proc/self/statm", "rb") as sizes:
+            _, n_resident, n_of_files, *_ = sizes.read().split()
     except OSError:
-        pass
-    return None
+        return None
+    return (int(n_resident) - int(n_of_files)) * mmap.PAGESIZE
 
 
 def available_bytes() -> int | None:
