@@ -83,8 +83,9 @@ class DecoderConfig(PreTrainedConfig):
         super().__init__(**fields)
         self._complete()
         if getattr(self, "layer_types", None) is not None:
-            # The first files that had this field spelt it so.
-            self.update({"layer_types": [FULL if name == "attention" else name for name in self.layer_types]})
+            # The first files that had this field spelt one so. A model that is cut short has the first layers.
+            types = [FULL if name == "attention" else name for name in self.layer_types]
+            self.update({"layer_types": types[: self.num_hidden_layers]})
         self._standardise_rope(old)
         self.check_fields()
 

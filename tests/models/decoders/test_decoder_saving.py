@@ -67,3 +67,16 @@ def test_a_config_whose_shapes_disagree_with_the_weights_is_an_error(tmp_path: P
     their_model("llama").save_pretrained(tmp_path)
     with pytest.raises(fastload.FastloadError, match=r"gate_proj\.weight: \[48, 32\] in the file, \[40, 32\]"):
         fastload.AutoModelForCausalLM.from_pretrained(tmp_path, intermediate_size=40)
+
+
+@each_family
+@torch.no_grad()
+def test_a_model_can_be_cut_short(family: str, tmp_path: Path) -> None:
+    their_model(family).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    ours = fastload.AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(ours.model.layers) == 2
+    assert_close(ours(tokens(1, 9)).logits, theirs(tokens(1, 9)).logits)
+    ours.save_pretrained(tmp_path / "cut")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert_close(again(tokens(1, 9)).logits, theirs(tokens(1, 9)).logits)
