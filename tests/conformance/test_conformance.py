@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from tests.conformance.classes import Reachable, reachable_classes
 from tests.conformance.compare import differences, mended, model_state
 from tests.conformance.loading import SEED, Fastload, Stock, listening, make_gaps
 from tests.conformance.report import report
-from tests.conformance.run import chosen, run
+from tests.conformance.run import chosen, main, run
 from tests.conformance.tiny import MOST_PARAMETERS, NotBuiltError, build
 
 # What each is here for: ties, old names, experts, weight norm, batch norm, parts, non-persistent buffers, ...
@@ -245,6 +246,16 @@ def test_a_class_that_ends_or_hangs_its_process_costs_only_itself() -> None:
     }
     assert results["BertForMaskedLM"].reason == "the process ended with code 3"
     assert results["BertForMultipleChoice"].reason == "took longer than 6 s"
+
+
+def test_the_command_prints_the_table_keeps_every_result_and_says_by_its_status_if_any_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "results.json"
+    assert main(["--family", "bert", "--class", "BertModel", "--jobs", "1", "--json", str(kept)]) == 0
+    (result,) = json.loads(kept.read_text())
+    assert (result["class_name"], result["status"], result["differences"]) == ("BertModel", PASSED, {})
+    assert "1 classes of 1 families" in capsys.readouterr().out
 
 
 def test_a_class_that_its_family_does_not_have_is_skipped_with_the_reason(tmp_path: Path) -> None:
