@@ -96,7 +96,7 @@ def _measure(
 ) -> tuple[dict[tuple[str, str], list[dict[str, Any]]], list[str]]:
     """(``"warm"`` or ``"cold"``, library) -> its runs; and what to know about them."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    notes: list[str] = []
+    notes = ["transformers is not installed"] if len(jobs) == 1 else []
     n_bytes = sum(map(os.path.getsize, files.weights))
     n_runs = len(jobs) * (1 + n_rounds * (1 + cold))
     with Progress("measuring", n_runs * n_bytes) as progress:
@@ -108,16 +108,19 @@ def _measure(
             for _ in range(n_rounds):
                 for job in jobs:
                     if state == "cold" and not _drop(files.weights):
-                        return found, ["cold: not measured, the files stay in memory on this file system, or in use"]
+                        notes.append(
+                            "cold files were not measured: these stay in memory, by their file system or in use"
+                        )
+                        return {kind: runs for kind, runs in found.items() if kind[0] == "warm"}, notes
                     found.setdefault((state, job.library), []).append(_with_spans(run_job(job)))
                     progress.advance(n_bytes)
-    if len(jobs) == 1:
-        notes.append("transformers is not installed")
     return found, notes
 
 
 def _drop(paths: Sequence[str]) -> bool:
     """Drop the files' pages from the page cache; whether they went."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
