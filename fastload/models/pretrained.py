@@ -105,7 +105,7 @@ class PretrainedLoading:
             lazy: bring the weights of a block when it is first used (`fastload.wait` brings all).
             stream: return at once, and bring the weights in the background in the order of use.
             memory_budget: most bytes of weights to keep in memory, as a number, "4GB", or "auto" for what is free.
-                Blocks beyond it are read for each forward. ``device_map="auto", max_memory={"cpu": "4GB"}`` is the same.
+                What is beyond is read for each forward. ``device_map="auto", max_memory={"cpu": "4GB"}`` says so too.
             config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
                 constructor.
 
