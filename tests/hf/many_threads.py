@@ -1,6 +1,7 @@
-"""Eight threads that load twenty models each, of several families and types, and what comes of it.
+"""Eight threads that load many models each, of several families and types, and what comes of it.
 
-`python -m tests.hf.many_threads FOLDER...` does it with transformers alone, in a process that may be left broken.
+`python -m tests.hf.many_threads FOLDER...` does a little of it with transformers alone, in a process that may be left
+broken.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ DTYPES = ("float32", "bfloat16")
 Load = Callable[[Path, str], Any]
 
 
-def outcomes(load: Load, expected: Mapping[tuple[Path, str], Mapping[str, torch.Tensor]]) -> Counter[str]:
+def outcomes(
+    load: Load, expected: Mapping[tuple[Path, str], Mapping[str, torch.Tensor]], n_loads: int = N_LOADS
+) -> Counter[str]:
     """How often a load was "right", and in what way it was not.
 
     Args:
         load: (folder, type) -> model.
         expected: (folder, type) -> state dict that it has to have.
+        n_loads: by each thread.
     """
     jobs = list(expected)
     begin = threading.Barrier(N_THREADS)
@@ -35,7 +39,7 @@ def outcomes(load: Load, expected: Mapping[tuple[Path, str], Mapping[str, torch.
 
     def work(number: int) -> None:
         begin.wait(60)
-        for turn in range(N_LOADS):
+        for turn in range(n_loads):
             job = jobs[(number + turn) % len(jobs)]
             try:
                 counts.append(_verdict(load(*job), expected[job]))
@@ -75,7 +79,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     jobs = [(Path(folder), dtype) for folder in sys.argv[1:] for dtype in DTYPES]
     expected = {job: state_of(load_by_transformers(*job)) for job in jobs}
-    counts = outcomes(load_by_transformers, expected)
+    counts = outcomes(load_by_transformers, expected, n_loads=5)
     sys.stdout.write(json.dumps(counts))
 
 

@@ -42,7 +42,7 @@ def test_transformers_alone_gives_models_that_are_not_whole(folders: dict[Path, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert counts.get("right", 0) < N_THREADS * N_LOADS
+    assert counts.get("right", 0) < sum(counts.values())
     assert counts.get("on meta", 0) + counts.get("other values", 0) > 0
 
 
@@ -55,14 +55,6 @@ def test_every_model_is_right_through_the_auto_classes(
     counts = outcomes(lambda folder, dtype: autos[folder].from_pretrained(folder, dtype=dtype), expected)
     assert counts == ALL_RIGHT
     assert hf.stats() == hf.Stats(fast_loads=N_THREADS * N_LOADS)
-
-
-def test_every_model_is_right_when_it_is_switched_on_for_all(expected: dict[tuple[Path, str], Any]) -> None:
-    hf.enable()
-    try:
-        assert outcomes(load_by_transformers, expected) == ALL_RIGHT
-    finally:
-        hf.disable()
 
 
 def test_every_model_is_right_where_each_thread_switches_it_on(expected: dict[tuple[Path, str], Any]) -> None:
