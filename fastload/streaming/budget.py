@@ -10,8 +10,10 @@ forward and dropped after it. Nothing may be written to weights that come and go
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,9 +42,10 @@ _LEAST_WINDOW = 2
 
 
 class _Watched(NamedTuple):
-    """A mapped tensor that comes and goes: itself, how often it had been written to, and where its pages are."""
+    """A mapped tensor that comes and goes: itself, where it lay, how often it had been written to, and its pages."""
 
     tensor: weakref.ref[torch.Tensor]
+    address: int
     version: int
     parts: list[MappedPart]
 
@@ -153,6 +156,9 @@ class Budget:
         self._made: dict[str, list[Row]] = {}
         self._places: dict[str, list[Place]] = {}
         self._mapped: dict[str, list[_Watched]] = {}
+        # Threads that may run forward at once have the weights of a unit until the last of them has left it.
+        self._lock = threading.RLock()
+        self._users: dict[str, list[int]] = {unit: [] for unit in self._order}
         self.n_read_bytes = 0
         mappings = FileMappings()
         for unit in self._order:
@@ -171,33 +177,48 @@ class Budget:
         self._first = self._reader.read(extent for row in staying for extent in _extents(row))
         self._read_ahead(0)
 
+    def __reduce__(self) -> str:
+        raise OptionError(
+            "a model with a memory budget cannot be copied: its weights come and go", fix="load it a second time"
+        )
+
     def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
         """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
-        ticket = self._tickets.pop(unit, None) or self._begin(unit)
-        self._read_ahead(self._order.index(unit) + 1, self._n_bytes[unit])
-        try:
-            self.n_read_bytes += ticket.wait()
-            if self._made[unit]:
-                plan = plan_of(self._made[unit])
-                tensors = place(plan, self._open_file) | place_fused(plan, self._open_file, {})[0]
-                for fqn, tensor in tensors.items():
-                    put(self._places[fqn], tensor)
-        except Exception as error:
-            self._give_up()
-            raise BlockError(
-                "the weights of a block could not be read",
-                file=getattr(error, "file", None),
-                key=unit,
-                found=str(error),
-                fix="load the model again once its files can be read",
-            ) from error
+        with self._lock:
+            ticket = self._tickets.pop(unit, None) or self._begin(unit)
+            self._read_ahead(self._order.index(unit) + 1, self._n_bytes[unit])
+            try:
+                self.n_read_bytes += ticket.wait()
+                if self._made[unit] and not self._users[unit]:
+                    plan = plan_of(self._made[unit])
+                    tensors = place(plan, self._open_file) | place_fused(plan, self._open_file, {})[0]
+                    for fqn, tensor in tensors.items():
+                        put(self._places[fqn], tensor)
+            except Exception as error:
+                self._give_up()
+                raise BlockError(
+                    "the weights of a block could not be read",
+                    file=getattr(error, "file", None),
+                    key=unit,
+                    found=str(error),
+                    fix="load the model again once its files can be read",
+                ) from error
+            self._users[unit].append(threading.get_ident())
 
     def _leave(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
         """After the forward: its memory is free for others. Weights that someone has written to stay."""
+        with self._lock:
+            # Called after a failure as well, of which this thread may not have come as far as to enter.
+            with suppress(ValueError):
+                self._users[unit].remove(threading.get_ident())
+            if not self._users[unit]:
+                self._drop(unit)
+
+    def _drop(self, unit: str) -> None:
         parts = []
         for watched in self._mapped[unit]:
             tensor = watched.tensor()
-            if tensor is not None and _version(tensor) == watched.version:
+            if tensor is not None and (tensor.data_ptr(), _version(tensor)) == watched[1:3]:
                 parts += watched.parts
         let_go(parts)
         for row in self._made[unit]:
@@ -227,7 +248,7 @@ def _watched(row: Row, place: Place, mappings: FileMappings) -> _Watched:
     module = place.module()
     assert module is not None
     tensor = getattr(module, place.name)
-    return _Watched(weakref.ref(tensor), _version(tensor), parts_of(row, tensor.detach(), mappings))
+    return _Watched(weakref.ref(tensor), tensor.data_ptr(), _version(tensor), parts_of(row, tensor.detach(), mappings))
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastload.errors import BlockError
+from fastload.errors import BlockError, OptionError
 from fastload.placement.cpu import place
 from fastload.placement.fused import place_fused
 from fastload.placement.modules import give
@@ -67,6 +67,11 @@ class Deferred:
             if unit in self._locks:
                 handle = module.register_forward_pre_hook(partial(self._arrive, unit))
                 self._handles[unit].append(handle)
+
+    def __reduce__(self) -> str:
+        raise OptionError(
+            "a model cannot be copied while weights of it are still to come", fix="call fastload.wait(model) first"
+        )
 
     @property
     def is_done(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastload.errors import BlockError
+from fastload.errors import BlockError, OptionError
 from fastload.plan.rows import Action, FusedRow, PlanRow
 from fastload.storage.readahead import Extent
 from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of
@@ -61,6 +61,11 @@ class RoutedExperts:
         self.n_read_bytes = 0
         for name in rows:
             modules[name].register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+
+    def __reduce__(self) -> str:
+        raise OptionError(
+            "a model with a memory budget cannot be copied: its experts come and go", fix="load it a second time"
+        )
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         parts = self._parts[name]

@@ -6,11 +6,12 @@ import ctypes
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fastload.formats.specs import TensorSpec
@@ -22,6 +23,9 @@ __all__ = ["FileMappings", "MappedPart", "let_go", "parts_of"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_DONTNEED = 4
+# Bits of a page's entry in pagemap: in memory, or swapped; a page of a file (or of shared memory).
+_IN_USE_SHIFT = 62
+_OF_FILE_BIT = np.uint64(1 << 61)
 
 
 class MappedPart(NamedTuple):
@@ -77,14 +81,13 @@ def parts_of(row: PlanRow | FusedRow, tensor: torch.Tensor, mappings: FileMappin
 def let_go(parts: Iterable[MappedPart]) -> None:
     """Take whole pages of parts out of this process and out of the page cache.
 
-    Only of parts that nothing was written to: it would be lost. A page that two parts share stays.
+    Pages that were written to, in whichever way, stay, as does a page that two parts share. Where the kernel does not
+    tell which were written to, it is for the caller to leave out such parts.
     """
     descriptors: dict[str, int] = {}
     try:
         for (file, offset, n_bytes), address in parts:
-            begin = _up(address)
-            end = (address + n_bytes) // _PAGE * _PAGE
-            if end > begin:
+            for begin, end in _unwritten(_up(address), (address + n_bytes) // _PAGE * _PAGE):
                 _libc().madvise(begin, end - begin, _MADV_DONTNEED)
                 # Advice: pages that others have mapped stay, and a file that is gone has none.
                 with suppress(OSError):
@@ -94,6 +97,27 @@ def let_go(parts: Iterable[MappedPart]) -> None:
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _unwritten(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The runs of whole pages in a range that are not this process's alone, as one is that was written to."""
+    if end <= begin:
+        return
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            entries = os.pread(pagemap.fileno(), (end - begin) // _PAGE * 8, begin // _PAGE * 8)
+    except OSError:
+        entries = b""
+    begin_of_range = begin
+    pages = np.frombuffer(entries, np.uint64)
+    is_written = ((pages >> _IN_USE_SHIFT) != 0) & ((pages & _OF_FILE_BIT) == 0)
+    for page in np.flatnonzero(is_written).tolist():
+        address = begin_of_range + page * _PAGE
+        if address > begin:
+            yield begin, address
+        begin = address + _PAGE
+    if end > begin:
+        yield begin, end
 
 
 def _up(address: int) -> int:
