@@ -40,29 +40,10 @@ def _skeleton(folder: Path) -> Any:
     return model
 
 
-def _fastload_llama(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    import fastload
+def _fastload(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    from fastload import AutoModelForCausalLM
 
-    model = _skeleton(folder)
-    fastload.load_model(model, folder, dtype=dtype or "bfloat16")
-    return model
-
-
-def _fastload_moe(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    import fastload
-    from fastload.plan.fusing import Concatenate, Fusion, Stack
-
-    model = _skeleton(folder)
-    fusions = (
-        Fusion(
-            ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
-            "mlp.experts.gate_up_proj",
-            (Stack(0), Concatenate(1)),
-        ),
-        Fusion(("mlp.experts.*.down_proj.weight",), "mlp.experts.down_proj", (Stack(0),)),
-    )
-    fastload.load_model(model, folder, dtype=dtype or "bfloat16", strict=False, fusions=fusions)
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
 
 
 def _fastload_hf(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -160,7 +141,7 @@ def _with_fused_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 LLAMA_LOADERS = {
-    "fastload": Loader("safetensors", _fastload_llama),
+    "fastload": Loader("safetensors", _fastload),
     "fastload.hf": Loader("safetensors", _fastload_hf),
     "transformers": Loader("safetensors", _transformers),
     "accelerate": Loader("safetensors", _accelerate),
@@ -168,11 +149,11 @@ LLAMA_LOADERS = {
     "fastsafetensors": Loader("safetensors", _fastsafetensors, needs="fastsafetensors"),
     "runai streamer": Loader("safetensors", _runai, needs="runai_model_streamer"),
     "tensorizer": Loader("tensors", _tensorizer, needs="tensorizer"),
-    "fastload .bin": Loader("bin", _fastload_llama),
+    "fastload .bin": Loader("bin", _fastload),
     "torch.load(mmap)": Loader("bin", _torch_load),
 }
 MOE_LOADERS = {
-    "fastload": Loader("safetensors", _fastload_moe),
+    "fastload": Loader("safetensors", _fastload),
     "fastload.hf": Loader("safetensors", _fastload_hf),
     "transformers": Loader("safetensors", _transformers),
     "safetensors": Loader("safetensors", _safetensors_moe),
