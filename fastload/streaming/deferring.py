@@ -92,13 +92,16 @@ class Deferred:
                 raise self._error
             try:
                 plan = plan_of(rows)
-                tensors = place(plan, self._open_file, title=unit or "loading")
-                tensors |= place_fused(plan, self._open_file, {})[0]
+                # What is made in inference mode could never be trained.
+                with torch.inference_mode(False):
+                    tensors = place(plan, self._open_file, title=unit or "loading")
+                    tensors |= place_fused(plan, self._open_file, {})[0]
             except Exception as error:
                 self._error = _named(error, unit)
                 raise self._error from error
-            for fqn, tensor in tensors.items():
-                put(self._places[fqn], tensor)
+            with torch.inference_mode(False):
+                for fqn, tensor in tensors.items():
+                    put(self._places[fqn], tensor)
             del self._rows[unit]
             for handle in self._handles.pop(unit):
                 handle.remove()
