@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,8 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-# Each matrix of an expert is two pages, each layer has eight experts.
-MOE = LLAMA | {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+# An expert is 192 KiB, more than the kernel reads ahead for its neighbours.
+MOE = LLAMA | {"head_dim": 16, "moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 2}
 BERT: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -72,4 +73,5 @@ def stack_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Any:
     yield
-    wait_for_no_threads()
+    gc.collect()
+    wait_for_no_threads(5)

@@ -46,7 +46,7 @@ class Stack(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.head(x * self.scale + self.shift)
+        return self.head(x * self.scale + self.shift.to(x.dtype))
 
 
 TOKENS = torch.arange(12).reshape(2, 6)
