@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastload import hf
 from tests.hf.families import FAMILIES, build, model_class
-from tests.hf.sides import assert_same_load, assert_same_outcome
+from tests.hf.sides import assert_same_load, assert_same_models, assert_same_outcome
 
 Written = Callable[..., Path]
 
@@ -70,6 +70,19 @@ def test_a_base_model_fills_one_with_a_head_and_the_other_way_round(
     written: Written, family: str, stored: str, asked: str, dtype: str
 ) -> None:
     assert_same_load(getattr(transformers, asked), written(family, stored), dtype=dtype)
+
+
+def test_a_model_made_of_two_checkpoints(written: Written) -> None:
+    parts = [written("vit", "ViTModel"), written("bert", "BertModel")]
+    make = transformers.VisionEncoderDecoderModel.from_encoder_decoder_pretrained
+    torch.manual_seed(0)
+    expected = make(*parts)
+    torch.manual_seed(0)
+    hf.reset_stats()
+    with hf.enabled():
+        found = make(*parts)
+    assert hf.stats().fast_loads == 2
+    assert_same_models(expected, found)
 
 
 def test_old_names_of_norms_are_understood(written: Written, tmp_path: Path) -> None:
