@@ -68,3 +68,6 @@ class GivenTensors(MappedFile):
 
     def release(self, region: Region) -> None:
         """Nothing: the tensors are the caller's."""
+
+    def stop_reading_around(self) -> None:
+        """Nothing: there is no mapping."""

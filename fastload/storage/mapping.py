@@ -132,6 +132,14 @@ class MappedFile:
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._mmap.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
+    def stop_reading_around(self) -> None:
+        """Have a page that is missing read alone. For those who read what they need themselves, and in time.
+
+        Otherwise the kernel reads megabytes around the page.
+        """
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._mmap.madvise(mmap.MADV_RANDOM)
+
     def _storage(self, spec: TensorSpec) -> torch.Tensor:
         region, dtype = spec.region, to_torch(spec.dtype)
         if region.n_bytes == 0:

@@ -89,6 +89,9 @@ class ReadFile(MappedFile):
             for at in [at for at in self._held if at[0] == region.offset_bytes]:
                 del self._held[at]
 
+    def stop_reading_around(self) -> None:
+        """Nothing: there is no mapping."""
+
     def _read_storages(self, specs: Iterable[TensorSpec]) -> dict[tuple[int, int, torch.dtype], torch.Tensor]:
         storages: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         reads: list[_Read] = []

@@ -30,7 +30,7 @@ from fastload.storage.readahead import Extent
 from fastload.streaming.blocks import REST, Units
 from fastload.streaming.deferring import Place, places_of, plan_of, put
 from fastload.streaming.experts import RoutedExperts, routed_rows
-from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of
+from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of, stop_reading_around
 from fastload.streaming.reading import Reader, Ticket
 
 __all__ = ["Budget", "Division", "divide"]
@@ -39,6 +39,8 @@ Row = PlanRow | FusedRow
 _MAPPED = frozenset({Action.MAP, Action.REMAP})
 # Blocks that must have room beside what stays: the one that computes, and the one that is read.
 _LEAST_WINDOW = 2
+# From here on it does not matter that the kernel reads some way behind a block, and keeps pages in units of megabytes.
+_LARGE_BLOCK_BYTES = 16 << 20
 
 
 class _Watched(NamedTuple):
@@ -151,7 +153,8 @@ class Budget:
         self._rows = {unit: division.rows[unit] for unit in self._order}
         self._window_bytes = division.window_bytes
         self._n_bytes = division.n_bytes
-        self._reader = Reader()
+        largest_bytes = max((division.n_bytes[unit] for unit in self._order), default=0)
+        self._reader = Reader(scattered=largest_bytes < _LARGE_BLOCK_BYTES)
         self._tickets: dict[str, Ticket] = {}
         self._made: dict[str, list[Row]] = {}
         self._places: dict[str, list[Place]] = {}
@@ -175,12 +178,19 @@ class Budget:
             RoutedExperts(modules, division.experts, division.experts_bytes)
         staying = [row for unit in division.staying for row in division.rows.get(unit, ()) if row.action in _MAPPED]
         self._first = self._reader.read(extent for row in staying for extent in _extents(row))
+        self._first_hook = modules[""].register_forward_pre_hook(self._begin_forward)
         self._read_ahead(0)
+        _leave_reading_to_us(modules, division, open_file)
 
     def __reduce__(self) -> str:
         raise OptionError(
             "a model with a memory budget cannot be copied: its weights come and go", fix="load it a second time"
         )
+
+    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+        """Before the first forward: what stays is there."""
+        self._first_hook.remove()
+        self._first.wait()
 
     def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
         """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
@@ -242,6 +252,20 @@ class Budget:
         for ticket in self._tickets.values():
             ticket.cancel()
         self._tickets.clear()
+
+
+def _leave_reading_to_us(
+    modules: Mapping[str, nn.Module], division: Division, open_file: Callable[[str], MappedFile]
+) -> None:
+    """Keep the kernel from reading what is not wanted around pages that are missing."""
+    routed = [row for rows in division.experts.values() for row in rows]
+    rows = [row for of_unit in division.rows.values() for row in of_unit if row.action in _MAPPED] + routed
+    for file in {extent.file for row in rows if isinstance(row, PlanRow) for extent in _extents(row)}:
+        open_file(file).stop_reading_around()
+    for row in rows:
+        if isinstance(row, FusedRow):
+            owner, _, name = row.fqn.rpartition(".")
+            stop_reading_around(getattr(modules[owner], name).detach())
 
 
 def _watched(row: Row, place: Place, mappings: FileMappings) -> _Watched:

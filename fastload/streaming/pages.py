@@ -19,9 +19,10 @@ from fastload.plan.fusing import FusedSpec
 from fastload.plan.rows import FusedRow, PlanRow
 from fastload.storage.readahead import Extent
 
-__all__ = ["FileMappings", "MappedPart", "let_go", "parts_of"]
+__all__ = ["FileMappings", "MappedPart", "let_go", "parts_of", "stop_reading_around"]
 
 _PAGE = mmap.PAGESIZE
+_MADV_RANDOM = 1
 _MADV_DONTNEED = 4
 # Bits of a page's entry in pagemap: in memory, or swapped; a page of a file (or of shared memory).
 _IN_USE_SHIFT = 62
@@ -76,6 +77,12 @@ def parts_of(row: PlanRow | FusedRow, tensor: torch.Tensor, mappings: FileMappin
         return [part for part in parts if _up(part.address) in mappings]
     start = base - (spec.view.offset * row.dtype.itemsize if spec.view is not None else 0)
     return [MappedPart(Extent(*spec.region[:3]), start)]
+
+
+def stop_reading_around(tensor: torch.Tensor) -> None:
+    """Have a missing page of a fused tensor read alone, and not with megabytes around it."""
+    begin, end = tensor.data_ptr() // _PAGE * _PAGE, _up(tensor.data_ptr() + tensor.nbytes)
+    _libc().madvise(begin, end - begin, _MADV_RANDOM)
 
 
 def let_go(parts: Iterable[MappedPart]) -> None:
