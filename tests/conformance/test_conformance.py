@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,7 @@ def test_a_tiny_model_is_tiny_and_has_every_kind_of_layer() -> None:
     }
 
 
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
 def test_a_class_that_needs_an_absent_package_says_which() -> None:
     with pytest.raises(NotBuiltError, match="timm"):
         build(REACHABLE["TimmBackbone"].model_class, SEED)
