@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fastload.errors import IncompleteModelError
@@ -63,7 +62,7 @@ def finish(model: Any, asked: Any, info: Any, rebuild: Callable[[], Any] | None)
     _mark_loaded_modules(modules)
     model.__dict__[_MOVE] = move_and_remember
     try:
-        info = PreTrainedModel._finalize_model_loading(model, asked, info)
+        info = type(model)._finalize_model_loading(model, asked, info)
     finally:
         del model.__dict__[_MOVE]
     untouched = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 
@@ -18,6 +19,8 @@ def reason_to_hand_over(model: Any, state_dict: Any, files: Any, asked: Any) -> 
         state_dict, files: where the weights are.
         asked: transformers' LoadStateDictConfig.
     """
+    if type(model)._load_pretrained_model is not PreTrainedModel._load_pretrained_model:
+        return f"{type(model).__name__} loads its weights in its own way"
     if asked.hf_quantizer is not None:
         method = asked.hf_quantizer.quantization_config.quant_method
         return f"quantizer {getattr(method, 'value', method)}"

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
 
 from fastload.errors import FastloadError, KeyMatchError, OptionError
 from fastload.hf.completing import finish
@@ -108,9 +107,7 @@ class Loading:
                     found=reason,
                     fix="leave out lazy, stream and memory_budget",
                 )
-            return PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, expected_keys
-            )
+            return type(model)._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if current is not None:
             current.is_fast = True
         # As in transformers, whose threads know nothing of the caller's mode: what is made in it can never be trained.
@@ -126,7 +123,7 @@ class Loading:
         current = _CURRENT.get()
         with _GLOBALS_LOCK:
             if current is None or not current.is_fast:
-                return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+                return type(model)._finalize_model_loading(model, load_config, loading_info)
             info = finish(model, load_config, loading_info, current.rebuild)
         if current.disk is not None:
             current.disk.keep(model, load_config)

@@ -42,11 +42,12 @@ _EXTRA_STATE = "_extra_state"
 
 @dataclass(slots=True)
 class _Opened:
-    """Where the tensors are: a checkpoint's files, or the caller's state dict."""
+    """Where the tensors are: a checkpoint's files, or the caller's state dict with what else is in it."""
 
     specs: Mapping[str, TensorSpec]
     open_file: Callable[[str], MappedFile]
     checkpoint: Checkpoint | None
+    others: tuple[str, ...] = ()
 
 
 def place_weights(
@@ -90,6 +91,7 @@ def place_weights(
         weights, left = split_plan(weights, on_disk)
         arrivals = Arrivals(modules, weights.plan, how, model.all_tied_weights_keys)
     info = _info(wanted, weights)
+    info.unexpected_keys.update(opened.others)
     with clock("place"):
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
         bytes_by_action, sources, open_file = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals)
@@ -151,7 +153,7 @@ def _open(
 ) -> _Opened:
     if state_dict is not None:
         given = GivenTensors(state_dict)
-        return _Opened(given.specs, lambda path: given, None)
+        return _Opened(given.specs, lambda path: given, None, given.others)
     assert files is not None
     checkpoint = open_files(files, index and index.get("weight_map"))
     return _Opened(checkpoint.specs, checkpoint.open_file, checkpoint)

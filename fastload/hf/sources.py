@@ -9,6 +9,7 @@ import torch
 
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import from_torch
+from fastload.errors import IncompleteModelError
 from fastload.formats.index import checked_names
 from fastload.formats.specs import Region, StorageView, TensorSpec
 from fastload.plan.fusing import contiguous_stride
@@ -41,7 +42,12 @@ def open_files(files: Sequence[str], weight_map: Mapping[str, str] | None) -> Ch
 
 
 class GivenTensors(MappedFile):
-    """A state dict with the face of a mapped file: its tensors are used as they are, and shared with the caller."""
+    """A state dict with the face of a mapped file: its tensors are used as they are, and shared with the caller.
+
+    Attributes:
+        specs: its tensors by key.
+        others: keys of what is no tensor.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.path = "the state dict"
@@ -56,11 +62,18 @@ class GivenTensors(MappedFile):
                 StorageView(0, contiguous_stride(tuple(tensor.shape))),
             )
             for at, (key, tensor) in enumerate(tensors.items())
+            if isinstance(tensor, torch.Tensor)
         }
+        self.others = tuple(key for key in tensors if key not in self.specs)
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """The caller's tensor, as a view."""
-        return self._tensors[spec.key][...]
+        """The caller's tensor, as a view. Raises IncompleteModelError where it is on meta."""
+        tensor = self._tensors[spec.key]
+        if tensor.is_meta:
+            raise IncompleteModelError(
+                "a tensor of the state dict has no values", key=spec.key, expected="values", found="a tensor on meta"
+            )
+        return tensor[...]
 
     def tensors(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
         """The caller's tensors, as views."""

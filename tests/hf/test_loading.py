@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fastload
 from fastload import hf
-from fastload.errors import IndexFileError, KeyMatchError, TruncatedFileError
+from fastload.errors import IncompleteModelError, IndexFileError, KeyMatchError, TruncatedFileError
 from fastload.hf.loading import loading_class
 from tests.hf.families import build
 from tests.hf.sides import assert_same_load, assert_same_models, assert_same_outcome
@@ -161,6 +161,21 @@ def test_tensors_that_the_caller_has_are_shared_and_not_copied(written: Written)
     assert stock.lm_head.weight.data_ptr() == loaded.lm_head.weight.data_ptr() == address
 
 
+def test_entries_of_the_caller_that_are_no_tensors(written: Written) -> None:
+    config = transformers.AutoConfig.from_pretrained(written("llama"))
+    given = load_file(written("llama") / "model.safetensors")
+    loaded = assert_same_load(Llama, None, config=config, state_dict={**given, "epoch": 3, "more": torch.ones(1)})
+    assert loaded.info["unexpected_keys"] == repr(["'epoch'", "'more'"])
+
+
+def test_tensors_of_the_caller_without_values_are_refused(written: Written) -> None:
+    config = transformers.AutoConfig.from_pretrained(written("llama"))
+    given = {key: tensor.to("meta") for key, tensor in build("llama").state_dict().items()}
+    for load in (Llama.from_pretrained, loading_class(Llama).from_pretrained):
+        with pytest.raises((NotImplementedError, IncompleteModelError)):
+            load(None, config=config, state_dict=given)
+
+
 def test_no_weights_at_all(tmp_path: Path) -> None:
     build("llama").config.save_pretrained(tmp_path)
     failed = assert_same_outcome(Llama, tmp_path)
@@ -213,6 +228,27 @@ def test_a_class_with_a_from_pretrained_of_its_own_keeps_it(written: Written) ->
     assert hf.stats().fast_loads == 1
     assert loaded.label == "mine"
     assert_same_models(stock, loaded)
+
+
+def test_a_class_that_takes_part_in_loading_is_asked(written: Written) -> None:
+    asked: list[str] = []
+
+    class Watching(transformers.BertForMaskedLM):
+        @staticmethod
+        def _load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+            asked.append("load")
+            return transformers.BertForMaskedLM._load_pretrained_model(*args, **kwargs)
+
+        @staticmethod
+        def _finalize_model_loading(*args: Any, **kwargs: Any) -> Any:
+            asked.append("finish")
+            return transformers.BertForMaskedLM._finalize_model_loading(*args, **kwargs)
+
+    expected = Watching.from_pretrained(written("bert"))
+    with hf.enabled():
+        found = Watching.from_pretrained(written("bert"))
+    assert asked == ["load", "finish", "load", "finish"]
+    assert_same_models(expected, found)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.device("cpu")], ids=str)
