@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     documents = []
     for name in options.workloads:
         try:
-            document = _measured(WORKLOADS[name], options.rounds)
-        except (ResultsDifferError, JobFailedError) as error:
+            document = _kept(name) if options.kept else _measured(WORKLOADS[name], options.rounds)
+        except (ResultsDifferError, JobFailedError, FileNotFoundError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
         documents.append(document)
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save", action="store_true", help="keep the documents in bench/results/, the tables in README.md"
     )
+    parser.add_argument("--kept", action="store_true", help="measure nothing: take the documents of bench/results/")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the documents of this run")
     return parser
 
@@ -79,6 +80,11 @@ def _positive(text: str) -> int:
 
 def _measured(workload: Workload, rounds: int | None) -> dict[str, Any]:
     return workload.measure(rounds or workload.rounds).document(workload.name)
+
+
+def _kept(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return document
 
 
 def _as_json(document: object) -> str:
