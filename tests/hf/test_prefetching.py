@@ -80,6 +80,8 @@ def test_transformers_alone_imports_first(folder: Path) -> None:
 def test_an_auto_class_reads_before_it_imports(folder: Path) -> None:
     model = hf.AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert model.n_resident_at_import > 1_000_000
+    # The load has returned; what it began goes on to its end.
+    wait_for_no_threads()
     assert resident(folder / "model.safetensors") > 16_000_000
 
 
