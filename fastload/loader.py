@@ -32,6 +32,7 @@ from fastload.plan.planning import device_finder, plan_model, plan_state_dict, t
 from fastload.plan.rows import Action, LoadPlan
 from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
+from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
 from fastload.streaming.arrivals import Arrivals, parse_memory_budget
 
@@ -178,7 +179,9 @@ def fill_module(
         arrivals = Arrivals(modules, plan, options, {fqn: slot.tied_to for fqn, slot in slots.items()})
     with clock("place"):
         existing = _tensors_of(module) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
-        plan, open_file = read_from_network(plan, checkpoint)
+        open_file: Callable[[str], MappedFile] = checkpoint.open_file
+        if arrivals.reads_all:
+            plan, open_file = read_from_network(plan, checkpoint)
         now, later = arrivals.split(plan)
         tensors = place(now, open_file, existing, title=os.path.basename(source) or source)
         fused, n_remapped_bytes = place_fused(now, open_file, existing)

@@ -36,8 +36,7 @@ def auto_class(name: str) -> Any:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         # Before the modelling code is imported, which takes seconds.
-        if kwargs.get("memory_budget") is None:
-            read_ahead_for(args, kwargs)
+        read_ahead_for(args, kwargs)
         # The class of a checkpoint's own modelling file is not looked up in the mapping.
         with enabled() if kwargs.get("trust_remote_code") else nullcontext():
             return original.from_pretrained.__func__(cls, *args, **kwargs)

@@ -47,14 +47,12 @@ class _Load:
     Attributes:
         how: what was asked of fastload alone.
         rebuild: builds the model again as it was built for this load.
-        is_fast: whether fastload placed the weights.
-        begin: lets weights arrive that come after the load.
+        begin: lets weights arrive that come after the load; None until fastload has placed the others.
         disk: what stays on disk.
     """
 
     how: LoadOptions
     rebuild: Callable[[], Any] | None = None
-    is_fast: bool = False
     begin: Callable[[], None] | None = None
     disk: DiskWeights | None = None
 
@@ -108,8 +106,6 @@ class Loading:
                     fix="leave out lazy, stream and memory_budget",
                 )
             return type(model)._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
-        if current is not None:
-            current.is_fast = True
         # As in transformers, whose threads know nothing of the caller's mode: what is made in it can never be trained.
         with torch.inference_mode(False):
             how = LoadOptions() if current is None else current.how
@@ -122,15 +118,14 @@ class Loading:
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         current = _CURRENT.get()
         with _GLOBALS_LOCK:
-            if current is None or not current.is_fast:
+            if current is None or current.begin is None:
                 return type(model)._finalize_model_loading(model, load_config, loading_info)
             info = finish(model, load_config, loading_info, current.rebuild)
         if current.disk is not None:
             current.disk.keep(model, load_config)
         if current.how.strict:
             _check_keys(info, load_config.pretrained_model_name_or_path)
-        if current.begin is not None:
-            current.begin()
+        current.begin()
         return info
 
 
@@ -164,8 +159,7 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         memory_budget_bytes=parse_memory_budget(budget),
     )
     current = _Load(how)
-    if budget is None:
-        read_ahead_for(args, options)
+    read_ahead_for(args, kwargs)
     token = _CURRENT.set(current)
     try:
         with paused_collector():
@@ -180,10 +174,11 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
 def read_ahead_for(args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Begin to read what is cold of the files that a call of from_pretrained is about.
 
-    Files that are being read are joined. Whatever is wrong with the arguments, transformers will say.
+    Files that are being read are joined; within a memory budget only what it allows is read, later. Whatever is wrong
+    with the arguments, transformers will say.
     """
     path = args[0] if args else options.get("pretrained_model_name_or_path")
-    if path is None or options.get("gguf_file"):
+    if path is None or options.get("gguf_file") or options.get("memory_budget") is not None:
         return
     with suppress(FastloadError, TypeError):
         files = FileOptions(

@@ -105,23 +105,37 @@ def place_weights(
             detach(model)
     # Saving reverts what loading applied.
     model._weight_conversions = [transform for transform in transforms if transform.was_used()]
+    n_tensors = len(opened.specs) - len(renamed.unexpected)
+    report = _report(asked, opened, info, bytes_by_action, n_tensors, clock, before_bytes)
+    remember_report(model, report if disk is None else replace(report, notes=(*report.notes, *disk.notes)))
+    return info, disk, partial(arrivals.begin, model, open_file)
+
+
+def _report(
+    asked: Any,
+    opened: _Opened,
+    info: LoadStateDictInfo,
+    bytes_by_action: dict[str, int],
+    n_tensors: int,
+    clock: Stopwatch,
+    before_bytes: int | None,
+) -> LoadReport:
+    """The account of a load; what of the model no key fills is in transformers' own."""
     after_bytes = private_bytes()
     checkpoint = opened.checkpoint
-    report = LoadReport(
+    return LoadReport(
         source=str(asked.pretrained_model_name_or_path or "the state dict"),
         files=checkpoint.files if checkpoint else (),
         format=checkpoint.format if checkpoint else "",
-        n_tensors=len(opened.specs) - len(renamed.unexpected),
+        n_tensors=n_tensors,
         n_bytes=sum(bytes_by_action.values()),
         bytes_by_action=bytes_by_action,
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
         unexpected_keys=tuple(sorted(info.unexpected_keys)),
         mismatched_keys=tuple((name, tuple(found), tuple(built)) for name, found, built in info.mismatched_keys),
-        notes=(*(checkpoint.notes if checkpoint else ()), *(disk.notes if disk else ())),
+        notes=checkpoint.notes if checkpoint else (),
     )
-    remember_report(model, report)
-    return info, disk, partial(arrivals.begin, model, open_file)
 
 
 def _state_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -201,9 +215,9 @@ def _place(
         to open the files.
     """
     plan, open_file = weights.plan, opened.open_file
-    if opened.checkpoint is not None:
+    if opened.checkpoint is not None and arrivals.reads_all:
         plan, open_file = read_from_network(plan, opened.checkpoint)
-    else:
+    elif opened.checkpoint is None:
         plan = replace(plan, rows=tuple(map(without_file, plan.rows)), fused=tuple(map(without_file, plan.fused)))
     title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
     now, later = arrivals.split(plan)

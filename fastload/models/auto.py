@@ -45,6 +45,21 @@ def _read_ahead(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Non
     read_ahead_early(path, files, HubOptions(**{name: options[name] for name in _HUB_OPTIONS if name in options}))
 
 
+def _config_values(file: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config file; the family that a caller names counts instead of the file's."""
+    values = read_config_file(file)
+    if "model_type" in options:
+        values["model_type"] = options.pop("model_type")
+    return values
+
+
+def _native_config(values: dict[str, Any], fields: Mapping[str, Any], file: str) -> tuple[Any, dict[str, Any]]:
+    """The config of the family that the values are of, and the fields that it does not have."""
+    found = registry.config_class_for(registry.family_of(values, file=file))
+    config, unused = found._from_values(values, fields, file)
+    return config, unused
+
+
 class _NeverBuilt:
     """Base of classes that only choose another class."""
 
@@ -82,16 +97,13 @@ class AutoConfig(_NeverBuilt):
         """
         hub = HubOptions(**{name: options.pop(name) for name in _HUB_OPTIONS if name in options})
         file = find_config_file(path, subfolder=subfolder, hub=hub)
-        values = read_config_file(file)
-        if "model_type" in options:
-            values["model_type"] = options.pop("model_type")
+        values = _config_values(file, options)
         if left_to_transformers(values, backend, file=file):
             given = {name: getattr(hub, name) for name in ("revision", "token", "cache_dir") if getattr(hub, name)}
             return transformers_class("AutoConfig").from_pretrained(
                 path, return_unused_kwargs=return_unused_kwargs, subfolder=subfolder, **given, **options
             )
-        found = registry.config_class_for(registry.family_of(values, file=file))
-        config, unused = found._from_values(values, {"name_or_path": path, **options}, file)
+        config, unused = _native_config(values, {"name_or_path": path, **options}, file)
         if return_unused_kwargs:
             return config, unused
         reject_unknown("AutoConfig.from_pretrained", unused)
@@ -160,16 +172,18 @@ class AutoModel(_NeverBuilt):
         if not isinstance(config, PreTrainedConfig):
             kept = {name: options.pop(name) for name in (*_HUB_OPTIONS, *_LOAD_OPTIONS) if name in options}
             hub = HubOptions(**{name: kept[name] for name in _HUB_OPTIONS if name in kept})
-            subfolder = options.get("subfolder", "")
+            subfolder = options.pop("subfolder", "")
             file = find_config_file(path if config is None else config, subfolder=subfolder, hub=hub)
             if config is None:
                 # Weights of the commit that the config is of, even if someone pushes in between.
                 kept["revision"] = pinned(hub, file).revision
-            if left_to_transformers(read_config_file(file), backend, file=file):
+            kept["subfolder"] = subfolder
+            values = _config_values(file, options)
+            if left_to_transformers(values, backend, file=file):
                 return cls._from_transformers(path, model_args, config, {**options, **kept})
             # What is no field of the config may be an option of loading; the model's class tells.
-            config, options = AutoConfig.from_pretrained(file, return_unused_kwargs=True, backend="native", **options)
-            options |= {**kept, "subfolder": subfolder}
+            config, options = _native_config(values, {"name_or_path": file, **options}, file)
+            options |= kept
         if "torch" not in sys.modules and not {"memory_budget", "max_memory"} & options.keys():
             # The import below takes seconds, in which a cold checkpoint can be read.
             _read_ahead(path, options)

@@ -82,6 +82,11 @@ class Arrivals:
         n_rows = Counter(tied.get(row.fqn) or row.fqn for row in plan.all_rows)
         self._compared = {fqn for fqn in tied if n_rows[tied.get(fqn) or fqn] > 1}
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether the load may have all weights in memory at one time, as those of network files that it reads."""
+        return self._division is None
+
     def split(self, plan: LoadPlan) -> tuple[LoadPlan, LoadPlan]:
         """The part of a plan that is placed by the load, and the part that arrives afterwards."""
         if self._options.is_deferred:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-__all__ = ["REST", "Units", "find_units"]
+from fastload.errors import BlockError
+
+__all__ = ["REST", "Units", "block_error", "find_units"]
 
 # The unit of everything that is in no block: embeddings, the last norm, heads.
 REST = ""
@@ -56,4 +58,15 @@ def _repeats(module: nn.Module) -> bool:
         and all(next(child.parameters(), None) is not None for child in children)
         # A list of plain layers (the heads of a model, say) is not run through in order.
         and any(child._modules for child in children)
+    )
+
+
+def block_error(unit: str, error: Exception) -> BlockError:
+    """What is raised in a forward, or by `wait`, when the weights of a unit, or a module of experts, cannot be had."""
+    return BlockError(
+        "the weights of a block could not be read",
+        file=getattr(error, "file", None),
+        key=unit or "the parts outside of blocks",
+        found=str(error),
+        fix="load the model again once its files can be read",
     )

@@ -5,7 +5,8 @@ block is thrown out just before its turn. So some blocks stay, and of the others
 what must be read is what does not fit, at the rate of the disk, and nothing is ever pushed out.
 
 Weights that need no conversion are mapped once and for all; only their pages come and go. Others are made for the
-forward and dropped after it. Nothing may be written to weights that come and go, as it could not be kept.
+forward and dropped after it. What is written to a mapped weight stays in memory, beyond the budget; what is written to
+one that is made for each forward is lost with it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastload.errors import BlockError, OptionError
+from fastload.errors import OptionError
 from fastload.placement.cpu import place
 from fastload.placement.fused import place_fused
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.reports import format_bytes
 from fastload.storage.mapping import MappedFile
 from fastload.storage.readahead import Extent
-from fastload.streaming.blocks import REST, Units
+from fastload.streaming.blocks import REST, Units, block_error
 from fastload.streaming.deferring import Place, places_of, plan_of, put
 from fastload.streaming.experts import RoutedExperts, routed_rows
 from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of, stop_reading_around
-from fastload.streaming.reading import Reader, Ticket
+from fastload.streaming.reading import Reader, Ticket, joined
 
 __all__ = ["Budget", "Division", "divide"]
 
@@ -189,8 +190,11 @@ class Budget:
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         """Before the first forward: what stays is there."""
+        try:
+            self._first.wait()
+        except Exception as error:
+            raise block_error("what stays in memory", error) from error
         self._first_hook.remove()
-        self._first.wait()
 
     def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
         """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
@@ -206,13 +210,7 @@ class Budget:
                         put(self._places[fqn], tensor)
             except Exception as error:
                 self._give_up()
-                raise BlockError(
-                    "the weights of a block could not be read",
-                    file=getattr(error, "file", None),
-                    key=unit,
-                    found=str(error),
-                    fix="load the model again once its files can be read",
-                ) from error
+                raise block_error(unit, error) from error
             self._users[unit].append(threading.get_ident())
 
     def _leave(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -293,14 +291,7 @@ def _extents(row: Row) -> list[Extent]:
         region = row.spec.region
         n_bytes = region.n_bytes if region.encoding is None else region.encoding.n_bytes
         return [Extent(region.file, region.offset_bytes, n_bytes)]
-    found: list[Extent] = []
-    for piece in sorted(row.spec.pieces, key=lambda piece: piece.spec.region[:2]):
-        file, offset, n_bytes = piece.spec.region[:3]
-        if found and (found[-1].file, found[-1].offset_bytes + found[-1].n_bytes) == (file, offset):
-            found[-1] = found[-1]._replace(n_bytes=found[-1].n_bytes + n_bytes)
-        else:
-            found.append(Extent(file, offset, n_bytes))
-    return found
+    return joined(Extent(*piece.spec.region[:3]) for piece in row.spec.pieces)
 
 
 def _dtype(places: Sequence[Place]) -> torch.dtype:

@@ -24,7 +24,7 @@ from fastload.placement.modules import give
 from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import FusedRow, LoadPlan, PlanRow
 from fastload.storage.mapping import MappedFile
-from fastload.streaming.blocks import Units
+from fastload.streaming.blocks import Units, block_error
 
 __all__ = ["Deferred", "Place", "places_of", "plan_of", "put"]
 
@@ -73,11 +73,6 @@ class Deferred:
             "a model cannot be copied while weights of it are still to come", fix="call fastload.wait(model) first"
         )
 
-    @property
-    def is_done(self) -> bool:
-        """Whether everything is there."""
-        return not self._rows
-
     def bring(self, unit: str) -> None:
         """Have a unit in place, by this thread unless another is at it. Nothing happens if it is there.
 
@@ -97,7 +92,7 @@ class Deferred:
                     tensors = place(plan, self._open_file, title=unit or "loading")
                     tensors |= place_fused(plan, self._open_file, {})[0]
             except Exception as error:
-                self._error = _named(error, unit)
+                self._error = block_error(unit, error)
                 raise self._error from error
             with torch.inference_mode(False):
                 for fqn, tensor in tensors.items():
@@ -176,13 +171,3 @@ def _tensor(modules: Mapping[str, nn.Module], fqn: str) -> torch.Tensor | None:
     prefix, _, name = fqn.rpartition(".")
     module = modules[prefix]
     return module._parameters[name] if name in module._parameters else module._buffers[name]
-
-
-def _named(error: Exception, unit: str) -> BlockError:
-    return BlockError(
-        "the weights of a block could not be brought in",
-        file=getattr(error, "file", None),
-        key=unit or "the parts outside of blocks",
-        found=str(error),
-        fix="load the model again once its files can be read",
-    )

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastload.errors import BlockError, OptionError
+from fastload.errors import OptionError
 from fastload.plan.rows import Action, FusedRow, PlanRow
 from fastload.storage.readahead import Extent
+from fastload.streaming.blocks import block_error
 from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of
-from fastload.streaming.reading import Reader
+from fastload.streaming.reading import Reader, joined
 
 __all__ = ["RoutedExperts", "routed_rows"]
 
@@ -71,17 +72,11 @@ class RoutedExperts:
         parts = self._parts[name]
         chosen = _chosen(len(parts), (*args, *kwargs.values()))
         missing = [expert for expert in chosen if (name, expert) not in self._kept]
-        extents = _joined(part.extent for expert in missing for part in parts[expert])
+        extents = joined(part.extent for expert in missing for part in parts[expert])
         try:
             self.n_read_bytes += self._reader.read(extents).wait()
         except Exception as error:
-            raise BlockError(
-                "the weights of experts could not be read",
-                file=getattr(error, "file", None),
-                key=name,
-                found=str(error),
-                fix="load the model again once its files can be read",
-            ) from error
+            raise block_error(name, error) from error
         for expert in chosen:
             n_bytes = self._kept.pop((name, expert), None)
             if n_bytes is None:
@@ -125,14 +120,3 @@ def _chosen(n_experts: int, arguments: Iterable[Any]) -> list[int]:
             numbers = torch.unique(argument).tolist()
             return [number for number in numbers if 0 <= number < n_experts]
     return list(range(n_experts))
-
-
-def _joined(extents: Iterable[Extent]) -> list[Extent]:
-    """In the order of the files; those that follow each other as one."""
-    found: list[Extent] = []
-    for extent in sorted(extents):
-        if found and (found[-1].file, found[-1].offset_bytes + found[-1].n_bytes) == extent[:2]:
-            found[-1] = found[-1]._replace(n_bytes=found[-1].n_bytes + extent.n_bytes)
-        else:
-            found.append(extent)
-    return found

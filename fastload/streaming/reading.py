@@ -16,7 +16,7 @@ from fastload.errors import TruncatedFileError, UnreadableFileError
 from fastload.storage.readahead import Extent
 from fastload.storage.residency import resident_bytes
 
-__all__ = ["Reader", "Ticket"]
+__all__ = ["Reader", "Ticket", "joined"]
 
 _N_THREADS = 8
 # What a thread reads from beginning to end; in between it looks for nothing else.
@@ -87,6 +87,17 @@ class _Tools:
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
+
+
+def joined(extents: Iterable[Extent]) -> list[Extent]:
+    """Extents in the order of the files; those that follow each other there as one."""
+    found: list[Extent] = []
+    for extent in sorted(extents):
+        if found and (found[-1].file, found[-1].offset_bytes + found[-1].n_bytes) == extent[:2]:
+            found[-1] = found[-1]._replace(n_bytes=found[-1].n_bytes + extent.n_bytes)
+        else:
+            found.append(extent)
+    return found
 
 
 def _chunks(extent: Extent) -> Iterable[Extent]:

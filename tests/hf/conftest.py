@@ -35,9 +35,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture
 def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """A hub that transformers talks to as well; its client reads the address when it is imported."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    # The client behind the module's functions keeps the address that was the hub's when it was made.
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
