@@ -32,7 +32,7 @@ from fastload.streaming.blocks import REST, Units, block_error
 from fastload.streaming.deferring import Place, places_of, plan_of, put
 from fastload.streaming.experts import RoutedExperts, routed_rows
 from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of, stop_reading_around
-from fastload.streaming.reading import Reader, Ticket, joined
+from fastload.streaming.reading import Descriptors, Reader, Ticket, joined
 
 __all__ = ["Budget", "Division", "divide"]
 
@@ -156,6 +156,7 @@ class Budget:
         self._n_bytes = division.n_bytes
         largest_bytes = max((division.n_bytes[unit] for unit in self._order), default=0)
         self._reader = Reader(scattered=largest_bytes < _LARGE_BLOCK_BYTES)
+        self._files = Descriptors()
         self._tickets: dict[str, Ticket] = {}
         self._made: dict[str, list[Row]] = {}
         self._places: dict[str, list[Place]] = {}
@@ -228,7 +229,7 @@ class Budget:
             tensor = watched.tensor()
             if tensor is not None and (tensor.data_ptr(), _version(tensor)) == watched[1:3]:
                 parts += watched.parts
-        let_go(parts)
+        let_go(parts, self._files)
         for row in self._made[unit]:
             placeholder = torch.empty(row.spec.shape, dtype=_dtype(self._places[row.fqn]), device="meta")
             put(self._places[row.fqn], placeholder)

@@ -7,26 +7,28 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from fastload.formats.specs import TensorSpec
 from fastload.plan.fusing import FusedSpec
 from fastload.plan.rows import FusedRow, PlanRow
 from fastload.storage.readahead import Extent
+from fastload.streaming.reading import Descriptors, read_plainly
 
-__all__ = ["FileMappings", "MappedPart", "let_go", "parts_of", "stop_reading_around"]
+__all__ = ["FileMappings", "MappedPart", "fill", "let_go", "parts_of", "stop_reading_around"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_RANDOM = 1
 _MADV_DONTNEED = 4
-# Bits of a page's entry in pagemap: in memory, or swapped; a page of a file (or of shared memory).
-_IN_USE_SHIFT = 62
-_OF_FILE_BIT = np.uint64(1 << 61)
+_MADV_POPULATE_READ = 22
+# The highest bits of a page's entry in pagemap: in memory, swapped, and whether it is a page of a file (or of shared
+# memory). For the last byte of an entry, 1 if the page is in use and of no file: it was written to.
+_ENTRY_BYTES = 8
+_IS_WRITTEN = bytes(int(byte >> 6 != 0 and not byte >> 5 & 1) for byte in range(256))
 
 
 class MappedPart(NamedTuple):
@@ -85,44 +87,64 @@ def stop_reading_around(tensor: torch.Tensor) -> None:
     _libc().madvise(begin, end - begin, _MADV_RANDOM)
 
 
-def let_go(parts: Iterable[MappedPart]) -> None:
+def fill(parts: Iterable[MappedPart], files: Descriptors) -> None:
+    """Have the pages of parts in memory and mapped, which waits for what is being read.
+
+    Raises:
+        UnreadableFileError: a page cannot be read.
+    """
+    for part in parts:
+        begin = part.address // _PAGE * _PAGE
+        n_bytes = _up(part.address + part.extent.n_bytes) - begin
+        if _libc().madvise(begin, n_bytes, _MADV_POPULATE_READ) != 0:
+            # The kernel does not know this (before 5.14), or the page cannot be read, and reading tells why.
+            read_plainly(part.extent, files)
+
+
+def let_go(parts: Iterable[MappedPart], files: Descriptors) -> None:
     """Take whole pages of parts out of this process and out of the page cache.
 
     Pages that were written to, in whichever way, stay, as does a page that two parts share. Where the kernel does not
     tell which were written to, it is for the caller to leave out such parts.
     """
-    descriptors: dict[str, int] = {}
-    try:
+    with _pagemap() as pagemap:
         for (file, offset, n_bytes), address in parts:
-            for begin, end in _unwritten(_up(address), (address + n_bytes) // _PAGE * _PAGE):
+            for begin, end in _unwritten(_up(address), (address + n_bytes) // _PAGE * _PAGE, pagemap):
                 _libc().madvise(begin, end - begin, _MADV_DONTNEED)
                 # Advice: pages that others have mapped stay, and a file that is gone has none.
                 with suppress(OSError):
-                    if file not in descriptors:
-                        descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                    os.posix_fadvise(descriptors[file], offset + begin - address, end - begin, os.POSIX_FADV_DONTNEED)
+                    os.posix_fadvise(files.of(file), offset + begin - address, end - begin, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _pagemap() -> Iterator[int | None]:
+    """The descriptor of what the kernel tells about this process's pages; None where it tells nothing."""
+    try:
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
     finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        os.close(descriptor)
 
 
-def _unwritten(begin: int, end: int) -> Iterator[tuple[int, int]]:
+def _unwritten(begin: int, end: int, pagemap: int | None) -> Iterator[tuple[int, int]]:
     """The runs of whole pages in a range that are not this process's alone, as one is that was written to."""
     if end <= begin:
         return
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            entries = os.pread(pagemap.fileno(), (end - begin) // _PAGE * 8, begin // _PAGE * 8)
-    except OSError:
-        entries = b""
-    begin_of_range = begin
-    pages = np.frombuffer(entries, np.uint64)
-    is_written = ((pages >> _IN_USE_SHIFT) != 0) & ((pages & _OF_FILE_BIT) == 0)
-    for page in np.flatnonzero(is_written).tolist():
-        address = begin_of_range + page * _PAGE
+    entries = b""
+    if pagemap is not None:
+        entries = os.pread(pagemap, (end - begin) // _PAGE * _ENTRY_BYTES, begin // _PAGE * _ENTRY_BYTES)
+    is_written = entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES].translate(_IS_WRITTEN)
+    first, page = begin, is_written.find(1)
+    while page >= 0:
+        address = first + page * _PAGE
         if address > begin:
             yield begin, address
         begin = address + _PAGE
+        page = is_written.find(1, page + 1)
     if end > begin:
         yield begin, end
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from fastload.errors import TruncatedFileError, UnreadableFileError
 from fastload.storage.readahead import Extent
 from fastload.storage.residency import resident_bytes
 
-__all__ = ["Reader", "Ticket", "joined"]
+__all__ = ["Descriptors", "Reader", "Ticket", "ask_for", "joined", "read_plainly"]
 
 _N_THREADS = 8
 # What a thread reads from beginning to end; in between it looks for nothing else.
@@ -69,15 +71,19 @@ class Reader:
         )
 
 
-class _Tools:
-    """What a thread reads with: a descriptor a file, since readers of one spoil each other's order, and a buffer."""
+class Descriptors:
+    """Files open for reading, each once; they are closed with this object.
 
-    def __init__(self, scattered: bool) -> None:
+    Args:
+        scattered: as for `Reader`.
+    """
+
+    def __init__(self, *, scattered: bool = False) -> None:
         self._scattered = scattered
-        self.buffer = memoryview(bytearray(_READ_BYTES))
         self._descriptors: dict[str, int] = {}
 
-    def descriptor(self, file: str) -> int:
+    def of(self, file: str) -> int:
+        """The descriptor of a path. Raises OSError."""
         if file not in self._descriptors:
             descriptor = self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             if self._scattered and hasattr(os, "posix_fadvise"):
@@ -87,6 +93,13 @@ class _Tools:
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
+
+
+class _Tools(NamedTuple):
+    """What a thread reads with: descriptors of its own, since readers of one spoil each other's order, and a buffer."""
+
+    files: Descriptors
+    buffer: memoryview
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
@@ -105,29 +118,65 @@ def _chunks(extent: Extent) -> Iterable[Extent]:
         yield Extent(extent.file, extent.offset_bytes + at, min(_CHUNK_BYTES, extent.n_bytes - at))
 
 
+def ask_for(extent: Extent, files: Descriptors) -> int:
+    """Have the kernel read what of an extent is not cached, without waiting. Returns the bytes that were not.
+
+    For pieces of up to a megabyte here and there this takes a third of the processor's time that reading by threads
+    does, and is as fast.
+
+    Raises:
+        TruncatedFileError: the file ends before the extent does.
+        UnreadableFileError: the file cannot be opened.
+    """
+    with _named(extent.file):
+        descriptor = files.of(extent.file)
+        n_missing = _n_missing(descriptor, extent)
+        if n_missing and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, extent.offset_bytes, extent.n_bytes, os.POSIX_FADV_WILLNEED)
+        return n_missing
+
+
+def read_plainly(extent: Extent, files: Descriptors, buffer: memoryview | None = None) -> None:
+    """Read an extent into the page cache, and find out whether it can be read. Raises as `ask_for`."""
+    buffer = memoryview(bytearray(min(_READ_BYTES, extent.n_bytes))) if buffer is None else buffer
+    with _named(extent.file):
+        descriptor, at = files.of(extent.file), extent.offset_bytes
+        end = at + extent.n_bytes
+        while at < end:
+            n = os.preadv(descriptor, [buffer[: end - at]], at)
+            if n == 0:
+                raise _cut(extent.file, end, at)
+            at += n
+
+
 def _read(own: threading.local, scattered: bool, chunk: Extent) -> int:
     """Read a chunk, unless it is cached. Returns the bytes that were not."""
     tools: _Tools | None = getattr(own, "tools", None)
     if tools is None:
-        tools = own.tools = _Tools(scattered)
-    end = chunk.offset_bytes + chunk.n_bytes
+        tools = own.tools = _Tools(Descriptors(scattered=scattered), memoryview(bytearray(_READ_BYTES)))
+    with _named(chunk.file):
+        n_missing = _n_missing(tools.files.of(chunk.file), chunk)
+    if n_missing:
+        read_plainly(chunk, tools.files, tools.buffer)
+    return n_missing
+
+
+def _n_missing(descriptor: int, extent: Extent) -> int:
+    end, size = extent.offset_bytes + extent.n_bytes, os.fstat(descriptor).st_size
+    if size < end:
+        raise _cut(extent.file, end, size)
+    return extent.n_bytes - (resident_bytes(descriptor, extent.offset_bytes, extent.n_bytes) or 0)
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Errors of the operating system as those of a weight file."""
     try:
-        descriptor = tools.descriptor(chunk.file)
-        size = os.fstat(descriptor).st_size
-        if size < end:
-            raise _cut(chunk.file, end, size)
-        n_cached = resident_bytes(descriptor, chunk.offset_bytes, chunk.n_bytes) or 0
-        at = chunk.offset_bytes
-        while n_cached < chunk.n_bytes and at < end:
-            n = os.preadv(descriptor, [tools.buffer[: end - at]], at)
-            if n == 0:
-                raise _cut(chunk.file, end, at)
-            at += n
+        yield
+    except UnreadableFileError:
+        raise
     except OSError as error:
-        if isinstance(error, UnreadableFileError):
-            raise
-        raise UnreadableFileError("a weight file cannot be read", file=chunk.file, found=error.strerror) from error
-    return max(0, chunk.n_bytes - n_cached)
+        raise UnreadableFileError("a weight file cannot be read", file=file, found=error.strerror) from error
 
 
 def _cut(file: str, expected: int, found: int) -> TruncatedFileError:

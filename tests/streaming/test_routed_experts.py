@@ -39,7 +39,7 @@ def step(model: Any, token: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_one_token_reads_no_more_than_its_experts(written: Written, load: Callable[..., Any]) -> None:
+def test_one_token_reads_its_experts_and_those_foreseen(written: Written, load: Callable[..., Any]) -> None:
     file = written("moe") / "model.safetensors"
     expected = load(written("moe"))
     answers = [step(expected, token) for token in (5, 6, 5)]
@@ -51,8 +51,27 @@ def test_one_token_reads_no_more_than_its_experts(written: Written, load: Callab
         before = experts.n_read_bytes
         assert same_bytes(step(model, token), answer)
         # Each of the three matrices may touch a page more than it fills.
-        assert experts.n_read_bytes - before <= N_LAYERS * N_CHOSEN * (EXPERT_BYTES + 3 * 4096)
+        n_foreseen = -(-N_CHOSEN * 3 // 4) * (N_LAYERS - 1)
+        assert experts.n_read_bytes - before <= (N_LAYERS * N_CHOSEN + n_foreseen) * (EXPERT_BYTES + 3 * 4096)
     assert experts.n_read_bytes > 0
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_experts_of_the_next_layer_are_asked_for_before_it_is_called(
+    written: Written, load: Callable[..., Any]
+) -> None:
+    model = load(written("moe"), memory_budget=4_000_000)
+    experts = routed(model)
+    asked: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if name.endswith("experts"):
+            # This hook runs after the one that brings the module's own experts.
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: asked.update({name: {owner for owner, _ in experts._asked}})
+            )
+    step(model, 5)
+    names = list(asked)
+    assert [asked[name] for name in names] == [*({after} for after in names[1:]), set()]
 
 
 @pytest.mark.parametrize("load", LOADS)
