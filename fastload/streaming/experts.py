@@ -87,14 +87,16 @@ class RoutedExperts:
         arguments = (*args, *kwargs.values())
         chosen = [(name, number) for number in _chosen(len(self._parts[name]), arguments)]
         with self._lock:
+            missing = [expert for expert in chosen if expert not in self._kept]
             try:
-                self._ask_for(chosen)
+                self._ask_for(missing)
                 self._ask_for(self._likely(self._next.get(name, ""), arguments))
-                fill((part for expert in chosen if expert in self._asked for part in self._of(expert)), self._files)
+                # Room is made while the disk reads.
+                self._keep(name, chosen)
+                fill((part for expert in missing for part in self._of(expert)), self._files)
             except Exception as error:
-                self._asked.clear()
+                self._forget(missing)
                 raise block_error(name, error) from error
-            self._keep(name, chosen)
 
     def _likely(self, name: str, arguments: Iterable[Any]) -> list[Expert]:
         """The experts that a module is likely to choose; none if there are so many that they push out others."""
@@ -114,7 +116,7 @@ class RoutedExperts:
         self._asked.update(new)
 
     def _keep(self, name: str, chosen: Sequence[Expert]) -> None:
-        """Count what has come for a module as kept, what it chose as used last; let go of what was used first."""
+        """Count what was asked for of a module as kept, what it chose as used last; let go of what was used first."""
         came = [expert for expert in self._asked if expert[0] == name]
         self._asked.difference_update(came)
         for expert in (*came, *chosen):
@@ -129,6 +131,12 @@ class RoutedExperts:
             self._n_kept_bytes -= n_bytes
             parts += self._of(expert)
         let_go(parts, self._files)
+
+    def _forget(self, experts: Iterable[Expert]) -> None:
+        """Take none of these, nor anything that was asked for, to be there."""
+        self._asked.clear()
+        for expert in experts:
+            self._n_kept_bytes -= self._kept.pop(expert, 0)
 
     def _of(self, expert: Expert) -> list[MappedPart]:
         name, number = expert
