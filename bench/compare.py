@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     documents = []
     for name in options.workloads:
+        if (reason := WORKLOADS[name].needs_consent) and not (options.large or options.kept):
+            print(f"{name}: left out, {reason}; --large allows it", file=sys.stderr)
+            return 2
         try:
             document = _kept(name) if options.kept else _measured(WORKLOADS[name], options.rounds)
         except (ResultsDifferError, JobFailedError, FileNotFoundError) as error:
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save", action="store_true", help="keep the documents in bench/results/, the tables in README.md"
     )
+    parser.add_argument("--large", action="store_true", help="allow workloads that need tens of gigabytes of disk")
     parser.add_argument("--kept", action="store_true", help="measure nothing: take the documents of bench/results/")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the documents of this run")
     return parser

@@ -1,7 +1,8 @@
-"""A load and the first forward from cold files, in a fresh process: ``cold.py FAMILY LOADER FOLDER TINY``.
+"""A load and the first forward, in a fresh process: ``cold.py FAMILY LOADER FOLDER TINY STATE N_TOKENS``.
 
 A tiny checkpoint of the same family is loaded and used first, so that imports and torch's threads are there. Then the
-files' cached pages are dropped, and the clock starts. With ``disk`` for LOADER the file is only read, in several ways.
+files' cached pages are dropped, unless STATE is "warm", and the clock starts. With ``disk`` for LOADER the file is only
+read, in several ways.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from suite.checkpoints import weight_files
 from suite.cold import drop_cached, read_seconds
 from suite.fresh import finish
 
-_N_TOKENS = 4
 
-
-def main(family: str, loader: str, folder: Path, tiny: Path) -> None:
+def main(family: str, loader: str, folder: Path, tiny: Path, state: str, n_tokens: int) -> None:
     """Time from the call of the loader to the output."""
     if loader == "disk":
         ways = read_seconds(weight_files(folder)[0])
@@ -27,16 +26,17 @@ def main(family: str, loader: str, folder: Path, tiny: Path) -> None:
     from suite.registry import LOADERS, forward
 
     load = LOADERS[family][loader].load
-    forward(load(tiny), _N_TOKENS)
+    forward(load(tiny), n_tokens)
     gc.collect()
-    drop_cached(weight_files(folder))
+    if state == "cold":
+        drop_cached(weight_files(folder))
     begun = perf_counter()
     model = load(folder)
     at_model = perf_counter()
-    output = forward(model, _N_TOKENS)
+    output = forward(model, n_tokens)
     at_output = perf_counter()
     again = perf_counter()
-    forward(model, _N_TOKENS)
+    forward(model, n_tokens)
     at_end = perf_counter()
     finish(
         metrics={
@@ -49,4 +49,4 @@ def main(family: str, loader: str, folder: Path, tiny: Path) -> None:
     )
 
 
-main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5], int(sys.argv[6]))

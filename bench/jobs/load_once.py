@@ -20,8 +20,8 @@ from suite.registry import LOADERS
 def main(family: str, loader: str, folder: Path, tiny: Path, dtype_name: str) -> None:
     """Load once, between two looks at the clock and at the process's anonymous memory."""
     dtype = None if dtype_name == "same" else getattr(torch, dtype_name)
-    load = LOADERS[family][loader].load
-    load(tiny, dtype)
+    load, complete = LOADERS[family][loader].load, LOADERS[family][loader].complete
+    complete(load(tiny, dtype))
     gc.collect()
     before = private_bytes()
     with PrivatePeak(interval_s=0.01) as watch:
@@ -29,6 +29,7 @@ def main(family: str, loader: str, folder: Path, tiny: Path, dtype_name: str) ->
         model = load(folder, dtype)
         seconds = perf_counter() - begun
     grown = private_bytes() - before
+    complete(model)
     n_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     finish(
         metrics={"seconds": seconds, "growth_bytes": grown, "peak_growth_bytes": watch.peak_bytes - before},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from suite.loaders import Loader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_MAP_LOADERS", "LLAMA_LOADERS", "MOE_LOADERS"]
+__all__ = ["DEVICE_MAP_LOADERS", "LATER_LOADERS", "LLAMA_LOADERS", "MOE_LOADERS"]
 
 _N_ENTRIES = 404
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
@@ -40,10 +40,25 @@ def _skeleton(folder: Path) -> Any:
     return model
 
 
-def _fastload(folder: Path, dtype: torch.dtype | None = None) -> Any:
+def _fastload(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
     from fastload import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+
+
+def _fastload_read(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A load that ends when all bytes have been read, as loaders do that do not map."""
+    import fastload
+
+    model = _fastload(folder, dtype)
+    fastload.prefetch(folder).wait()
+    return model
+
+
+def _wait(model: Any) -> None:
+    from fastload import wait
+
+    wait(model)
 
 
 def _fastload_hf(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -157,6 +172,13 @@ MOE_LOADERS = {
     "fastload.hf": Loader("safetensors", _fastload_hf),
     "transformers": Loader("safetensors", _transformers),
     "safetensors": Loader("safetensors", _safetensors_moe),
+}
+LATER_LOADERS = {
+    "stream": Loader("safetensors", partial(_fastload, stream=True), complete=_wait),
+    "lazy": Loader("safetensors", partial(_fastload, lazy=True), complete=_wait),
+    "mapped": Loader("safetensors", _fastload),
+    "read": Loader("safetensors", _fastload_read),
+    "transformers": Loader("safetensors", _transformers),
 }
 DEVICE_MAP_LOADERS = {
     "fastload": Loader("safetensors", _with_device_map(_fastload_hf)),

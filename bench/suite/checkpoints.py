@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,10 +16,23 @@ from suite.streamers import tensorizer_write
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["bert_base", "cache_folder", "llama_1b", "moe", "n_weight_bytes", "small_tensors", "warm_up", "weight_files"]
+__all__ = [
+    "bert_base",
+    "cache_folder",
+    "llama_1b",
+    "llama_8b",
+    "moe",
+    "n_weight_bytes",
+    "small_tensors",
+    "warm_up",
+    "weight_files",
+]
 
 _FORMATS = ("safetensors", "bin", "tensors")
 _BLOCK_BYTES = 16 << 20
+# Primes: how many values the largest checkpoint repeats, and how far each of its tensors is from the one before.
+_N_DRAWN = 33_554_393
+_SHIFT = 1_000_003
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.tensors")
 
 
@@ -33,6 +48,11 @@ def llama_1b(file_format: str = "safetensors", *, tiny: bool = False) -> Path:
     """
     name = f"llama-{'tiny' if tiny else '1b'}-{_known(file_format)}-1"
     return _made_once(name, lambda folder: _write_llama(folder, file_format, tiny))
+
+
+def llama_8b() -> Path:
+    """A folder with a model of Llama 3 8B's shapes in bf16: 8.0 B parameters, 16 GB in shards of one layer each."""
+    return _made_once("llama-8b-1", _write_llama_8b)
 
 
 def moe(file_format: str = "safetensors", *, tiny: bool = False) -> Path:
@@ -121,6 +141,46 @@ def _write_llama(folder: Path, file_format: str, tiny: bool) -> None:
         dtype="bfloat16",
     )
     _save_model(_in_bfloat16(LlamaForCausalLM, config), folder, file_format)
+
+
+def _write_llama_8b(folder: Path) -> None:
+    """Written layer by layer: the model itself may not fit into memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in LlamaForCausalLM(config).state_dict().items()}
+    shards: dict[str, list[str]] = {}
+    for key in shapes:
+        shards.setdefault(".".join(key.split(".")[:3]), []).append(key)
+    # Drawing eight billion numbers takes minutes; a prime length keeps the rows of a matrix different.
+    torch.manual_seed(0)
+    values = (torch.randn(_N_DRAWN) * config.initializer_range).bfloat16()
+    files = {}
+    for number, keys in enumerate(shards.values(), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for key in keys:
+            n_values = shapes[key].numel()
+            drawn = values.roll(len(files) * _SHIFT).repeat(-(-n_values // _N_DRAWN))[:n_values].view(shapes[key])
+            tensors[key] = torch.ones_like(drawn) if "norm" in key else drawn
+            files[key] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes.values()))}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _write_moe(folder: Path, tiny: bool) -> None:

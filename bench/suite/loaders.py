@@ -22,11 +22,13 @@ class Loader:
     """One way to load, and the format of the files that it loads.
 
     ``load`` takes the folder and, as an option, the dtype to convert to. ``needs`` is the optional package that it is.
+    ``complete`` has what is still to come of a model in place.
     """
 
     file_format: str
     load: Callable[..., Any]
     needs: str = ""
+    complete: Callable[[Any], None] = lambda model: None
 
 
 def _fastload(folder: Path, dtype: torch.dtype | None = None) -> Any:

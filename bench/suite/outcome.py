@@ -119,12 +119,14 @@ class Workload:
         title: the question in a line.
         measure: (rounds) -> outcome; raises ResultsDifferError if the loaders disagree.
         rounds: how many, unless told otherwise.
+        needs_consent: why it runs only where ``--large`` is said; "" where it always does.
     """
 
     name: str
     title: str
     measure: Callable[[int], Outcome]
     rounds: int = 7
+    needs_consent: str = ""
 
 
 Figure = Callable[[Callable[[str, str], float]], float]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from suite.causal import DEVICE_MAP_LOADERS, LLAMA_LOADERS, MOE_LOADERS
+from suite.causal import DEVICE_MAP_LOADERS, LATER_LOADERS, LLAMA_LOADERS, MOE_LOADERS
 from suite.loaders import BERT_LOADERS, Loader
 from suite.tensors import TENSOR_LOADERS
 
@@ -16,6 +16,7 @@ __all__ = ["LOADERS", "available", "forward"]
 LOADERS: dict[str, dict[str, Loader]] = {
     "bert": BERT_LOADERS,
     "llama": LLAMA_LOADERS,
+    "later": LATER_LOADERS,
     "moe": MOE_LOADERS,
     "device map": DEVICE_MAP_LOADERS,
     "tensors": TENSOR_LOADERS,

@@ -20,10 +20,12 @@ WORKLOADS: dict[str, Workload] = {
         memory.CAST,
         whole.MOE,
         whole.CAST,
+        whole.CAST_LAZY,
         formats.BIN,
         formats.MANY,
         workers.WORKERS,
         cold.FIRST_FORWARD,
+        cold.STREAM,
         saving.SAVE,
         decoders.TTFT_LLAMA,
         decoders.TTFT_LLAMA_COLD,
@@ -31,5 +33,6 @@ WORKLOADS: dict[str, Workload] = {
         decoders.DECODE,
         decoders.BIGGER,
         decoders.BIGGER_MOE,
+        decoders.LARGE,
     )
 }

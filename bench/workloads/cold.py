@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from suite.checkpoints import llama_1b, n_weight_bytes
+from suite.checkpoints import llama_1b, n_weight_bytes, warm_up
 from suite.fingerprint import same_output
 from suite.fresh import run_job
-from suite.outcome import Outcome, Workload, at_least
-from suite.rounds import interleave
+from suite.outcome import Outcome, Workload, at_least, at_most
+from suite.rounds import Rounds, interleave
 
-__all__ = ["FIRST_FORWARD"]
+__all__ = ["FIRST_FORWARD", "STREAM"]
 
 _LOADERS = ("fastload", "transformers", "accelerate", "safetensors")
+# A forward of so many takes about as long as the file takes to be read: there is something to overlap.
+_N_PROMPT = 64
 
 
-def _measure(rounds: int) -> Outcome:
-    folder, tiny = llama_1b(), llama_1b(tiny=True)
+def _jobs(rows: Mapping[str, tuple[str, ...]], rounds: int) -> tuple[Rounds, dict[str, list[float]]]:
+    """Run rows in turns, each in fresh processes; returns their measurements, and the output of each that has one."""
     results: dict[str, dict[str, Any]] = {}
 
-    def job(loader: str) -> Callable[[], dict[str, float]]:
+    def job(row: str, command: tuple[str, ...]) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            results[loader] = run_job("cold", "llama", loader, str(folder), str(tiny))
-            metrics: dict[str, float] = results[loader]["metrics"]
+            results[row] = run_job("cold", *command)
+            metrics: dict[str, float] = results[row]["metrics"]
             return metrics
 
         return run
 
-    measured = interleave(
-        {loader: job(loader) for loader in (*_LOADERS, "disk")}, rounds, warm_up_rounds=0, attempts_per_round=1
-    )
-    same_output({loader: results[loader]["output"] for loader in _LOADERS})
+    runs = {row: job(row, command) for row, command in rows.items()}
+    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
+    return measured, {row: found["output"] for row, found in results.items() if "output" in found}
+
+
+def _measure(rounds: int) -> Outcome:
+    folder, tiny = llama_1b(), llama_1b(tiny=True)
+    rows = {loader: ("llama", loader, str(folder), str(tiny), "cold", "4") for loader in (*_LOADERS, "disk")}
+    measured, outputs = _jobs(rows, rounds)
+    same_output(outputs)
     targets = (
         at_least(
             "transformers / fastload",
@@ -50,9 +58,48 @@ def _measure(rounds: int) -> Outcome:
     return Outcome(rounds=measured, metric="seconds", limit="disk", n_bytes=n_weight_bytes(folder), targets=targets)
 
 
+def _measure_stream(rounds: int) -> Outcome:
+    folder, tiny = llama_1b(), llama_1b(tiny=True)
+    rows = {
+        row: ("later", loader, str(folder), str(tiny), state, str(_N_PROMPT))
+        for row, loader, state in (
+            ("fastload", "stream", "cold"),
+            ("read, then forward", "read", "cold"),
+            ("mapped", "mapped", "cold"),
+            ("transformers", "transformers", "cold"),
+            ("warm, stream", "stream", "warm"),
+            ("warm, mapped", "mapped", "warm"),
+        )
+    }
+    warm_up(folder)
+    measured, outputs = _jobs(rows, rounds)
+    same_output(outputs)
+    targets = (
+        at_least(
+            "read, then forward / fastload",
+            1.3,
+            lambda value: value("read, then forward", "seconds") / value("fastload", "seconds"),
+            measured.samples,
+        ),
+        at_most(
+            "warm: stream / mapped",
+            1.05,
+            lambda value: value("warm, stream", "seconds") / value("warm, mapped", "seconds"),
+            measured.samples,
+        ),
+    )
+    return Outcome(rounds=measured, metric="seconds", not_peers=("warm, stream", "warm, mapped"), targets=targets)
+
+
 FIRST_FORWARD = Workload(
     name="first-forward-cold",
     title="Llama 1.1B bf16, load and first forward of 4 tokens, the file's cached pages dropped",
     measure=_measure,
+    rounds=5,
+)
+STREAM = Workload(
+    name="stream-cold",
+    title=f"Llama 1.1B bf16, load and first forward of {_N_PROMPT} tokens, the file's cached pages dropped",
+    measure=_measure_stream,
     rounds=5,
 )

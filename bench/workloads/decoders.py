@@ -7,19 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from suite.checkpoints import llama_1b, moe, n_weight_bytes, warm_up
+from suite.checkpoints import llama_1b, llama_8b, moe, n_weight_bytes, warm_up
 from suite.fingerprint import same_output
 from suite.fresh import run_job
 from suite.limited import reason_for_no_limit
 from suite.outcome import Outcome, Workload, at_least, at_most
 from suite.rounds import Rounds, interleave
 
-__all__ = ["BIGGER", "BIGGER_MOE", "DECODE", "TTFT_LLAMA", "TTFT_LLAMA_COLD", "TTFT_MOE"]
+__all__ = ["BIGGER", "BIGGER_MOE", "DECODE", "LARGE", "TTFT_LLAMA", "TTFT_LLAMA_COLD", "TTFT_MOE"]
 
 _LLAMA_LIMIT_BYTES = 1_200_000_000
 _LLAMA_BUDGET_BYTES = 900_000_000
 _MOE_LIMIT_BYTES = 800_000_000
 _MOE_BUDGET_BYTES = 550_000_000
+_LARGE_LIMIT_BYTES = 5_000_000_000
+_LARGE_BUDGET_BYTES = 4_000_000_000
 _N_TOKENS = 64
 
 
@@ -121,6 +123,30 @@ def _bigger_moe(rounds: int) -> Outcome:
     return Outcome(rounds=measured, metric="seconds", targets=(target,))
 
 
+def _large(rounds: int) -> Outcome:
+    if reason := reason_for_no_limit():
+        raise SystemExit(reason)
+    folder = llama_8b()
+    commands = {
+        "fastload": ("large", str(folder), str(_LARGE_LIMIT_BYTES), str(_LARGE_BUDGET_BYTES), "4"),
+        "unlimited": ("large", str(folder), "0", "0", "4"),
+        "disk": ("bigger", "disk", str(llama_1b()), "0", "0", "0"),
+    }
+    measured, tokens = _in_turns(commands, rounds, "tokens")
+    _same_tokens(tokens)
+    n_passing_bytes = n_weight_bytes(folder) - _LARGE_BUDGET_BYTES
+    target = at_least(
+        "share of the disk's best rate, for the bytes beyond the budget",
+        75,
+        lambda value: (
+            value("disk", "seconds") / n_weight_bytes(llama_1b()) * n_passing_bytes / value("fastload", "seconds") * 100
+        ),
+        measured.samples,
+        unit="%",
+    )
+    return Outcome(rounds=measured, metric="seconds", not_peers=("disk",), targets=(target,))
+
+
 def _ratio(value: Callable[[str, str], float], peer: str) -> float:
     return value(peer, "seconds") / value("fastload", "seconds")
 
@@ -160,4 +186,11 @@ BIGGER_MOE = Workload(
     title="Qwen3-MoE (2.5 GB) in a control group of 0.8 GB: a step of one token after the first",
     measure=_bigger_moe,
     rounds=3,
+)
+LARGE = Workload(
+    name="large",
+    title="Llama 3 8B's shapes in bf16 (16 GB): a token after the first, in a control group of 5 GB and without",
+    measure=_large,
+    rounds=1,
+    needs_consent="it writes a checkpoint of 16 GB and reads it several times",
 )

@@ -12,7 +12,7 @@ from suite.fresh import run_job
 from suite.outcome import Outcome, Workload, at_least, at_most
 from suite.rounds import Rounds, interleave
 
-__all__ = ["CAST", "MOE"]
+__all__ = ["CAST", "CAST_LAZY", "MOE"]
 
 Results = dict[str, dict[str, Any]]
 
@@ -108,6 +108,25 @@ def _measure_cast(rounds: int) -> Outcome:
     return Outcome(rounds=measured, metric="seconds", limit="fresh pages", n_bytes=n_cast_bytes, targets=targets)
 
 
+def _measure_cast_lazy(rounds: int) -> Outcome:
+    folder, tiny = llama_1b(), llama_1b(tiny=True)
+    warm_up(folder)
+    results: Results = {}
+    runs = {
+        row: _job(results, row, "load_once", "later", loader, str(folder), str(tiny), "float32")
+        for row, loader in (("fastload", "lazy"), ("transformers", "transformers"))
+    }
+    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
+    same_digest({loader: result["digest"] for loader, result in results.items()})
+    target = at_least(
+        "transformers / fastload",
+        20,
+        lambda value: value("transformers", "seconds") / value("fastload", "seconds"),
+        measured.samples,
+    )
+    return Outcome(rounds=measured, metric="seconds", targets=(target,))
+
+
 MOE = Workload(
     name="moe",
     title="Qwen3-MoE, 24 layers x 128 experts in bf16, 9,435 tensors to be fused, files in the page cache",
@@ -118,5 +137,11 @@ CAST = Workload(
     name="cast",
     title="Llama 1.1B, bf16 files to an fp32 model, files in the page cache",
     measure=_measure_cast,
+    rounds=5,
+)
+CAST_LAZY = Workload(
+    name="cast-lazy",
+    title="Llama 1.1B, bf16 files to an fp32 model, lazy=True: the load itself, files in the page cache",
+    measure=_measure_cast_lazy,
     rounds=5,
 )
