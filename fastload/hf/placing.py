@@ -17,6 +17,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
+from fastload.errors import OptionError
 from fastload.formats.specs import TensorSpec
 from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk, without_file
 from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
@@ -76,7 +77,7 @@ def place_weights(
     clock = Stopwatch()
     before_bytes = private_bytes()
     with clock("open"):
-        opened = _open(state_dict, files, asked.sharded_metadata)
+        opened = _open(state_dict, files, asked.sharded_metadata, how)
         if opened.checkpoint is not None and how.memory_budget_bytes is None:
             opened.checkpoint.read_ahead()
     with clock("plan"):
@@ -163,9 +164,18 @@ def _state_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, A
 
 
 def _open(
-    state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, index: Mapping[str, Any] | None
+    state_dict: Mapping[str, torch.Tensor] | None,
+    files: Sequence[str] | None,
+    index: Mapping[str, Any] | None,
+    how: LoadOptions,
 ) -> _Opened:
     if state_dict is not None:
+        if how.memory_budget_bytes is not None:
+            raise OptionError(
+                "a memory budget is for weights in files, and these are in memory already",
+                found="state_dict and memory_budget",
+                fix="leave one of them out",
+            )
         given = GivenTensors(state_dict)
         return _Opened(given.specs, lambda path: given, None, given.others)
     assert files is not None

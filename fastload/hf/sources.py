@@ -82,5 +82,8 @@ class GivenTensors(MappedFile):
     def release(self, region: Region) -> None:
         """Nothing: the tensors are the caller's."""
 
+    def check(self) -> None:
+        """Nothing: there is no file."""
+
     def stop_reading_around(self) -> None:
         """Nothing: there is no mapping."""

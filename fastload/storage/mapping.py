@@ -70,21 +70,20 @@ class MappedFile:
                 fix="check that it exists and may be read",
             ) from error
         try:
-            size = os.fstat(fd).st_size
-            if size < n_file_bytes:
-                raise TruncatedFileError(
-                    "a weight file was cut after its header was read",
-                    file=path,
-                    expected=f"{n_file_bytes} bytes",
-                    found=f"{size} bytes",
-                    fix="wait until whoever writes it is done, then load again",
-                )
+            _check_size(path, n_file_bytes, os.fstat(fd).st_size)
             self._mmap = mmap.mmap(fd, n_file_bytes, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise UnreadableFileError("a weight file cannot be mapped", file=path, found=error.strerror) from error
         finally:
             os.close(fd)
         self._storages: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+
+    def check(self) -> None:
+        """Raise TruncatedFileError if the file is shorter by now than what is mapped of it. Takes a microsecond.
+
+        It is this file that is asked, also where another has taken its name.
+        """
+        _check_size(self.path, len(self._mmap), self._mmap.size())
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         """The tensor of a spec: a view of the mapping where its bytes allow, a copy otherwise.
@@ -164,6 +163,17 @@ class MappedFile:
         else:
             decode(self._mmap, region, as_bytes.numpy().data)
         return storage
+
+
+def _check_size(path: str, expected: int, found: int) -> None:
+    if found < expected:
+        raise TruncatedFileError(
+            "a weight file was cut after its header was read",
+            file=path,
+            expected=f"{expected} bytes",
+            found=f"{found} bytes",
+            fix="wait until whoever writes it is done, then load again",
+        )
 
 
 def _repeated(numbers: list[int]) -> set[int]:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +28,11 @@ from fastload.placement.fused import place_fused
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.reports import format_bytes
 from fastload.storage.mapping import MappedFile
-from fastload.storage.readahead import Extent
 from fastload.streaming.blocks import REST, Units, block_error
 from fastload.streaming.deferring import Place, places_of, plan_of, put
 from fastload.streaming.experts import RoutedExperts, routed_rows
-from fastload.streaming.pages import FileMappings, MappedPart, let_go, parts_of, stop_reading_around
-from fastload.streaming.reading import Descriptors, Reader, Ticket, joined
+from fastload.streaming.pages import FileMappings, MappedPart, extents_of, let_go, parts_of, stop_reading_around
+from fastload.streaming.reading import Descriptors, Reader, Ticket
 
 __all__ = ["Budget", "Division", "divide"]
 
@@ -155,8 +155,9 @@ class Budget:
         self._window_bytes = division.window_bytes
         self._n_bytes = division.n_bytes
         largest_bytes = max((division.n_bytes[unit] for unit in self._order), default=0)
-        self._reader = Reader(scattered=largest_bytes < _LARGE_BLOCK_BYTES)
-        self._files = Descriptors()
+        all_rows = chain(*division.rows.values(), *division.experts.values())
+        self._files = Descriptors({extent.file for row in all_rows for extent in extents_of(row)})
+        self._reader = Reader(self._files, scattered=largest_bytes < _LARGE_BLOCK_BYTES)
         self._tickets: dict[str, Ticket] = {}
         self._made: dict[str, list[Row]] = {}
         self._places: dict[str, list[Place]] = {}
@@ -177,10 +178,16 @@ class Budget:
             module.register_forward_pre_hook(partial(self._enter, unit))
             module.register_forward_hook(partial(self._leave, unit), always_call=True)
         if division.experts:
-            RoutedExperts(modules, division.experts, division.experts_bytes)
-        staying = [row for unit in division.staying for row in division.rows.get(unit, ()) if row.action in _MAPPED]
-        self._first = self._reader.read(extent for row in staying for extent in _extents(row))
-        self._first_hook = modules[""].register_forward_pre_hook(self._begin_forward)
+            RoutedExperts(modules, division.experts, self._files, division.experts_bytes)
+        staying = {
+            unit: [extent for row in rows if row.action in _MAPPED for extent in extents_of(row)]
+            for unit, rows in division.rows.items()
+            if unit in division.staying
+        }
+        # One unit is named for each file, the first that stands on it.
+        self._stood_on = {extent.file: unit for unit in reversed(staying) for extent in staying[unit]}
+        self._first: Ticket | None = self._reader.read(chain(*staying.values()))
+        modules[""].register_forward_pre_hook(self._begin_forward)
         self._read_ahead(0)
         _leave_reading_to_us(modules, division, open_file)
 
@@ -190,12 +197,16 @@ class Budget:
         )
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
-        """Before the first forward: what stays is there."""
+        """Before a forward: what stays has been read once, and no file was cut since. That would kill the process."""
+        unit = "what stays in memory"
         try:
-            self._first.wait()
+            if self._first is not None:
+                self._first.wait()
+            for path, unit in self._stood_on.items():  # noqa: B007 - the one that failed is named
+                self._open_file(path).check()
         except Exception as error:
-            raise block_error("what stays in memory", error) from error
-        self._first_hook.remove()
+            raise block_error(unit, error) from error
+        self._first = None
 
     def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
         """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
@@ -235,7 +246,7 @@ class Budget:
             put(self._places[row.fqn], placeholder)
 
     def _begin(self, unit: str) -> Ticket:
-        return self._reader.read(extent for row in self._rows[unit] for extent in _extents(row))
+        return self._reader.read(extent for row in self._rows[unit] for extent in extents_of(row))
 
     def _read_ahead(self, position: int, in_use_bytes: int = 0) -> None:
         """Begin to read the units from a position on, in a circle, as far as there is room."""
@@ -259,7 +270,7 @@ def _leave_reading_to_us(
     """Keep the kernel from reading what is not wanted around pages that are missing."""
     routed = [row for rows in division.experts.values() for row in rows]
     rows = [row for of_unit in division.rows.values() for row in of_unit if row.action in _MAPPED] + routed
-    for file in {extent.file for row in rows if isinstance(row, PlanRow) for extent in _extents(row)}:
+    for file in {extent.file for row in rows if isinstance(row, PlanRow) for extent in extents_of(row)}:
         open_file(file).stop_reading_around()
     for row in rows:
         if isinstance(row, FusedRow):
@@ -284,15 +295,6 @@ def _memory_bytes(row: Row) -> int:
         return row.spec.n_bytes // row.spec.dtype.itemsize * row.dtype.itemsize
     region_items = row.spec.region.n_bytes // row.spec.dtype.itemsize
     return region_items * row.dtype.itemsize
-
-
-def _extents(row: Row) -> list[Extent]:
-    """What of the files a row is made of; pieces that follow each other there as one."""
-    if isinstance(row, PlanRow):
-        region = row.spec.region
-        n_bytes = region.n_bytes if region.encoding is None else region.encoding.n_bytes
-        return [Extent(region.file, region.offset_bytes, n_bytes)]
-    return joined(Extent(*piece.spec.region[:3]) for piece in row.spec.pieces)
 
 
 def _dtype(places: Sequence[Place]) -> torch.dtype:

@@ -25,6 +25,7 @@ from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import FusedRow, LoadPlan, PlanRow
 from fastload.storage.mapping import MappedFile
 from fastload.streaming.blocks import Units, block_error
+from fastload.streaming.pages import extents_of
 
 __all__ = ["Deferred", "Place", "places_of", "plan_of", "put"]
 
@@ -87,6 +88,8 @@ class Deferred:
                 raise self._error
             try:
                 plan = plan_of(rows)
+                for path in {extent.file for row in rows for extent in extents_of(row)}:
+                    self._open_file(path).check()
                 # What is made in inference mode could never be trained.
                 with torch.inference_mode(False):
                     tensors = place(plan, self._open_file, title=unit or "loading")

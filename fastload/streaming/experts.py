@@ -54,6 +54,7 @@ class RoutedExperts:
     Args:
         modules: every module of the model by name; the rows' tensors are in place.
         rows: module of experts -> its rows.
+        files: the files of the rows.
         limit_bytes: most bytes of experts in memory. Those of one call stay until the next one, whatever the limit.
     """
 
@@ -61,9 +62,10 @@ class RoutedExperts:
         self,
         modules: Mapping[str, nn.Module],
         rows: Mapping[str, Sequence[Row]],
+        files: Descriptors,
         limit_bytes: int,
     ) -> None:
-        self._files = Descriptors()
+        self._files = files
         self._limit_bytes = limit_bytes
         mappings = FileMappings()
         self._parts = {name: _by_expert(modules[name], of_module, mappings) for name, of_module in rows.items()}

@@ -17,9 +17,9 @@ from fastload.formats.specs import TensorSpec
 from fastload.plan.fusing import FusedSpec
 from fastload.plan.rows import FusedRow, PlanRow
 from fastload.storage.readahead import Extent
-from fastload.streaming.reading import Descriptors, read_plainly
+from fastload.streaming.reading import Descriptors, joined, read_plainly
 
-__all__ = ["FileMappings", "MappedPart", "fill", "let_go", "parts_of", "stop_reading_around"]
+__all__ = ["FileMappings", "MappedPart", "extents_of", "fill", "let_go", "parts_of", "stop_reading_around"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_RANDOM = 1
@@ -79,6 +79,15 @@ def parts_of(row: PlanRow | FusedRow, tensor: torch.Tensor, mappings: FileMappin
         return [part for part in parts if _up(part.address) in mappings]
     start = base - (spec.view.offset * row.dtype.itemsize if spec.view is not None else 0)
     return [MappedPart(Extent(*spec.region[:3]), start)]
+
+
+def extents_of(row: PlanRow | FusedRow) -> list[Extent]:
+    """What of the files a row is made of; pieces that follow each other there as one."""
+    if isinstance(row, PlanRow):
+        region = row.spec.region
+        n_bytes = region.n_bytes if region.encoding is None else region.encoding.n_bytes
+        return [Extent(region.file, region.offset_bytes, n_bytes)]
+    return joined(Extent(*piece.spec.region[:3]) for piece in row.spec.pieces)
 
 
 def stop_reading_around(tensor: torch.Tensor) -> None:

@@ -51,11 +51,13 @@ class Reader:
     """Threads that read; they end with this object.
 
     Args:
+        files: what is read is read from these.
         scattered: what is read lies in small parts here and there. Then the kernel shall not read on behind them, nor
             keep them in units that are too large to be let go of one by one.
     """
 
-    def __init__(self, *, scattered: bool = False) -> None:
+    def __init__(self, files: Descriptors, *, scattered: bool = False) -> None:
+        self._files = files
         self._scattered = scattered
         self._threads = ThreadPoolExecutor(_N_THREADS, "fastload-blocks")
         self._own = threading.local()
@@ -64,9 +66,9 @@ class Reader:
     def read(self, extents: Iterable[Extent]) -> Ticket:
         """Begin to read extents, in order."""
         chunks = [chunk for extent in extents for chunk in _chunks(extent)]
-        own = self._own
+        own, files, scattered = self._own, self._files, self._scattered
         return Ticket(
-            [self._threads.submit(_read, own, self._scattered, chunk) for chunk in chunks],
+            [self._threads.submit(_read, own, files, scattered, chunk) for chunk in chunks],
             sum(c.n_bytes for c in chunks),
         )
 
@@ -75,20 +77,37 @@ class Descriptors:
     """Files open for reading, each once; they are closed with this object.
 
     Args:
-        scattered: as for `Reader`.
+        files: to be opened now, so that they are read whatever their names mean later. UnreadableFileError if one
+            cannot be.
     """
 
-    def __init__(self, *, scattered: bool = False) -> None:
-        self._scattered = scattered
+    def __init__(self, files: Iterable[str] = ()) -> None:
         self._descriptors: dict[str, int] = {}
+        for file in files:
+            with _named(file):
+                self.of(file)
 
     def of(self, file: str) -> int:
         """The descriptor of a path. Raises OSError."""
         if file not in self._descriptors:
-            descriptor = self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            if self._scattered and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[file]
+
+    def opened_again(self, *, scattered: bool) -> Descriptors:
+        """The same files with positions and readahead of their own. Raises OSError.
+
+        Args:
+            scattered: as for `Reader`.
+        """
+        again = Descriptors()
+        for file, descriptor in self._descriptors.items():
+            # By its number it is the file that is open, even if its name is another's by now.
+            by_number = f"/proc/self/fd/{descriptor}"
+            path = by_number if os.path.exists(by_number) else file
+            opened = again._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if scattered and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_RANDOM)
+        return again
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
@@ -149,11 +168,13 @@ def read_plainly(extent: Extent, files: Descriptors, buffer: memoryview | None =
             at += n
 
 
-def _read(own: threading.local, scattered: bool, chunk: Extent) -> int:
+def _read(own: threading.local, files: Descriptors, scattered: bool, chunk: Extent) -> int:
     """Read a chunk, unless it is cached. Returns the bytes that were not."""
     tools: _Tools | None = getattr(own, "tools", None)
     if tools is None:
-        tools = own.tools = _Tools(Descriptors(scattered=scattered), memoryview(bytearray(_READ_BYTES)))
+        with _named(chunk.file):
+            again = files.opened_again(scattered=scattered)
+        tools = own.tools = _Tools(again, memoryview(bytearray(_READ_BYTES)))
     with _named(chunk.file):
         n_missing = _n_missing(tools.files.of(chunk.file), chunk)
     if n_missing:

@@ -51,6 +51,14 @@ def test_what_transformers_places_cannot_arrive_later(written: Callable[[str], P
     assert "quantizer" in str(caught.value)
 
 
+def test_a_budget_is_for_weights_in_files(written: Callable[[str], Path]) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(written("llama"))
+    given = {"config": model.config, "state_dict": model.state_dict()}
+    with pytest.raises(OptionError, match="in memory already") as caught:
+        hf.AutoModelForCausalLM.from_pretrained(written("llama"), memory_budget="1GB", **given)
+    assert "state_dict" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("given", "n_bytes"),
     [(None, None), (12345, 12345), ("1GB", 10**9), ("1GiB", 1 << 30), ("1.5MB", 1_500_000)],
