@@ -76,6 +76,11 @@ class Arrivals:
         if not options.is_deferred and options.memory_budget_bytes is None:
             return
         self._units = find_units(modules)
+        held = ((prefix, name) for prefix, module in modules.items() for name in module._parameters)
+        names = (f"{prefix}.{name}" if prefix else name for prefix, name in held)
+        first = next(names, "")
+        # What a model says of its device and type is what its first parameter says: this one is there from the start.
+        self._first = {row.fqn for row in plan.all_rows if first in (row.fqn, tied.get(row.fqn))}
         if options.memory_budget_bytes is not None:
             self._division = divide(modules, plan, self._units, options.memory_budget_bytes)
         # Names of one parameter that the files have several times must be compared, and so be there.
@@ -90,7 +95,7 @@ class Arrivals:
     def split(self, plan: LoadPlan) -> tuple[LoadPlan, LoadPlan]:
         """The part of a plan that is placed by the load, and the part that arrives afterwards."""
         if self._options.is_deferred:
-            later = {row.fqn for row in plan.all_rows if row.action is not Action.FILL}
+            later = {row.fqn for row in plan.all_rows if row.action is not Action.FILL} - self._first
         elif self._division is not None:
             rows = [row for unit in self._division.passing for row in self._division.rows[unit]]
             later = {row.fqn for row in rows if row.action not in _MAPPED}
