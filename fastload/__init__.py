@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from fastload.reports import LoadReport as LoadReport
     from fastload.saver import SaveReport as SaveReport
     from fastload.saver import save_state_dict as save_state_dict
+    from fastload.storage.ring import free_pinned_memory as free_pinned_memory
     from fastload.streaming.arrivals import wait as wait
 
 # Where each public name lives.
@@ -184,6 +185,7 @@ _HOMES = {
     "Qwen3MoeModel": "fastload.models.decoder_families",
     "SaveReport": "fastload.saver",
     "detach": "fastload.detaching",
+    "free_pinned_memory": "fastload.storage.ring",
     "load_model": "fastload.loader",
     "load_state_dict": "fastload.loader",
     "open_checkpoint": "fastload.checkpoint",

@@ -17,6 +17,7 @@
     +-- KeyMatchError                         keys of the checkpoint and of the model do not fit
     +-- IncompleteModelError                  a tensor would be left without a value
     +-- BlockError (OSError)                  weights that arrive while the model runs could not be read
+    +-- DeviceMemoryError (MemoryError)       an accelerator has too little memory, or none can be pinned for it
     +-- SaveError (OSError)                   writing failed; the previous checkpoint is untouched
     +-- MissingDependencyError (ImportError)  an optional package is needed and absent
 
@@ -33,6 +34,7 @@ __all__ = [
     "BlockError",
     "CheckpointNotFoundError",
     "ConfigError",
+    "DeviceMemoryError",
     "FastloadError",
     "FormatError",
     "HeaderError",
@@ -149,6 +151,10 @@ class IncompleteModelError(FastloadError):
 
 class BlockError(FastloadError, OSError):
     """Weights that arrive after the load, with a block of the model, could not be read or kept."""
+
+
+class DeviceMemoryError(FastloadError, MemoryError):
+    """Weights do not fit into the memory of an accelerator, or host memory cannot be pinned for it. All was freed."""
 
 
 class SaveError(FastloadError, OSError):

@@ -20,23 +20,33 @@ from fastload.checkpoint import Checkpoint, open_checkpoint
 from fastload.detaching import detach
 from fastload.dtypes import to_torch
 from fastload.errors import IncompleteModelError, OptionError
-from fastload.options import LoadOptions, parse_dtype
+from fastload.options import PINNED_BYTES, LoadOptions, parse_dtype
 from fastload.pauses import paused_collector
-from fastload.placement.cpu import place
-from fastload.placement.fused import place_fused
+from fastload.placement.device import Staging, begin_pinning, has_staged_rows
 from fastload.placement.modules import give
-from fastload.placement.network import read_from_network
+from fastload.placement.network import read_apart
+from fastload.placement.placing import place_all
 from fastload.plan.fusing import Fusion
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
 from fastload.plan.rows import Action, LoadPlan
+from fastload.plan.sharding import parse_size
 from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
+from fastload.storage.devices import Devices, device_for
 from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
 from fastload.streaming.arrivals import Arrivals, parse_memory_budget
 
-__all__ = ["Initialiser", "fill_module", "load_model", "load_state_dict", "remember_report", "report"]
+__all__ = [
+    "Initialiser",
+    "fill_module",
+    "load_model",
+    "load_state_dict",
+    "parse_pinned_memory",
+    "remember_report",
+    "report",
+]
 
 Initialiser = Callable[[nn.Module, str, torch.Tensor], None]
 """Gives one parameter of one module its random first values: (owner, name in the owner, tensor)."""
@@ -51,6 +61,7 @@ def load_state_dict(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    pinned_memory: int | str | None = None,
     **where: Any,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by key.
@@ -59,9 +70,11 @@ def load_state_dict(
         path: a folder, one weight file, an index, or a hub id.
         device: where the tensors shall be. On the CPU they are views of the mapped files.
         dtype: type that floating point tensors are converted to; None keeps each one's own.
+        pinned_memory: most host memory that is pinned to load to a CUDA device, as a number or "512MB"; None for
+            268 MB. It is kept for the next load (see `free_pinned_memory`).
         where: which files, as for `open_checkpoint`.
     """
-    options = LoadOptions(dtype=parse_dtype(dtype))
+    options = LoadOptions(dtype=parse_dtype(dtype), pinned_bytes=parse_pinned_memory(pinned_memory))
     with paused_collector():
         return _state_dict(path, options, device, where)
 
@@ -70,10 +83,14 @@ def _state_dict(
     path: str | os.PathLike[str], options: LoadOptions, device: str | torch.device, where: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     # A function of its own, so that specs and plan are gone when the collector resumes, and it need not walk them.
+    staging = Staging(device_for, options.pinned_bytes)
     checkpoint = open_checkpoint(path, **where)
-    checkpoint.read_ahead(in_file_order=True)
+    begin_pinning([str(device)], checkpoint.n_bytes, staging)
     plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
-    tensors = place(*read_from_network(plan, checkpoint))
+    beside_a_device = has_staged_rows(plan, staging)
+    if not beside_a_device:
+        checkpoint.read_ahead(in_file_order=True)
+    tensors = place_all(*read_apart(plan, checkpoint, beside_a_device=beside_a_device), staging).tensors
     if any(key != placed for key, placed in zip(checkpoint.specs, tensors, strict=True)):
         tensors = {key: tensors[key] for key in checkpoint.specs}
     return tensors | {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
@@ -93,6 +110,7 @@ def load_model(
     lazy: bool = False,
     stream: bool = False,
     memory_budget: int | str | None = None,
+    pinned_memory: int | str | None = None,
     **where: Any,
 ) -> LoadReport:
     """Fill any module from a checkpoint.
@@ -114,6 +132,7 @@ def load_model(
         stream: bring them in the background, in the order of use, while the first forward may begin.
         memory_budget: most bytes of weights to keep in memory, as a number or "4GB"; blocks beyond it are read for
             each forward, while the block before computes.
+        pinned_memory: most host memory that is pinned to load to a CUDA device, as for `load_state_dict`.
         where: which files, as for `open_checkpoint`.
 
     Raises:
@@ -131,14 +150,21 @@ def load_model(
         lazy=lazy,
         stream=stream,
         memory_budget_bytes=parse_memory_budget(memory_budget),
+        pinned_bytes=parse_pinned_memory(pinned_memory),
     )
     with paused_collector():
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
+            begin_pinning(options.device_map.values(), checkpoint.n_bytes, Staging(device_for, options.pinned_bytes))
             if memory_budget is None:
                 checkpoint.read_ahead()
         rules = KeyRules(fusions=tuple(fusions))
         return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules)
+
+
+def parse_pinned_memory(pinned_memory: int | str | None) -> int:
+    """Bytes of a limit of pinned memory: a number or "512MB"; None for the usual. OptionError if it is neither."""
+    return PINNED_BYTES if pinned_memory is None else parse_size(pinned_memory, "pinned_memory")
 
 
 def report(model: nn.Module) -> LoadReport:
@@ -165,8 +191,10 @@ def fill_module(
     clock: Stopwatch,
     rules: KeyRules | None = None,
     initialise: Initialiser | None = None,
+    devices: Devices = device_for,
 ) -> LoadReport:
     """Plan, place and finish. Nothing of the module is changed before the plan has been accepted."""
+    staging = Staging(devices, options.pinned_bytes)
     before_bytes = private_bytes()
     rules = rules or KeyRules()
     with clock("plan"):
@@ -181,15 +209,17 @@ def fill_module(
         existing = _tensors_of(module) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
         open_file: Callable[[str], MappedFile] = checkpoint.open_file
         if arrivals.reads_all:
-            plan, open_file = read_from_network(plan, checkpoint)
+            beside_a_device = has_staged_rows(plan, staging)
+            plan, open_file = read_apart(plan, checkpoint, beside_a_device=beside_a_device)
         now, later = arrivals.split(plan)
-        tensors = place(now, open_file, existing, title=os.path.basename(source) or source)
-        fused, n_remapped_bytes = place_fused(now, open_file, existing)
+        placed = place_all(now, open_file, staging, existing, title=os.path.basename(source) or source)
         # What is still to come is tied and finished with what stands for it.
-        tensors |= fused | {row.fqn: _placeholder(modules, row.fqn) for row in later.all_rows}
+        tensors = placed.tensors | {row.fqn: _placeholder(modules, row.fqn) for row in later.all_rows}
+        n_remapped_bytes = placed.n_remapped_bytes
         n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     with clock("finish"):
-        notes = [*checkpoint.notes, *_finish(modules, slots, plan, tensors, empty, options, rules, initialise)]
+        notes = [*checkpoint.notes, *placed.notes]
+        notes += _finish(modules, slots, plan, tensors, empty, options, rules, initialise)
         arrivals.begin(module, open_file)
     bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
     if options.detached:

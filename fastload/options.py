@@ -14,7 +14,10 @@ from fastload.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FileOptions", "HubOptions", "LoadOptions"]
+__all__ = ["PINNED_BYTES", "FileOptions", "HubOptions", "LoadOptions"]
+
+PINNED_BYTES = 256 << 20
+"""Pinned host memory for each accelerator of a load, unless the caller says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,7 @@ class LoadOptions:
         lazy: bring a block's weights when it is first used.
         stream: bring them in the background, in the order of use, while the caller goes on.
         memory_budget_bytes: most bytes of weights that are kept in memory; the others are read for each forward.
+        pinned_bytes: most pinned host memory that a load to an accelerator takes, for each of them.
     """
 
     dtype: DType | None = None
@@ -88,6 +92,7 @@ class LoadOptions:
     lazy: bool = False
     stream: bool = False
     memory_budget_bytes: int | None = None
+    pinned_bytes: int = PINNED_BYTES
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not self.dtype.castable:

@@ -6,11 +6,12 @@ in a fraction of the time of a frozen dataclass.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 from fastload.dtypes import DType
 
-__all__ = ["Encoding", "FileContents", "Region", "StorageView", "TensorSpec"]
+__all__ = ["Encoding", "FileContents", "Region", "StorageView", "TensorSpec", "contiguous_stride"]
 
 
 class Encoding(NamedTuple):
@@ -82,3 +83,14 @@ class FileContents(NamedTuple):
     specs: tuple[TensorSpec, ...]
     metadata: dict[str, str]
     n_file_bytes: int
+
+
+@cache
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

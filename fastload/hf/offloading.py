@@ -117,6 +117,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         self._sources = dict(sources)
         self._convert = convert
         self._device = torch.device("cpu")
+        self._is_sent_on = False
         self._in_memory: dict[str, torch.Tensor] = {}
         self._same_as: dict[str, str] = {}
         self._apart: dict[str, MappedFile] = {}
@@ -157,15 +158,17 @@ class DiskWeights(Mapping[str, torch.Tensor]):
 
     def attach(self, model: torch.nn.Module) -> None:
         """Have the hooks of a dispatched model ask here: they share one loader, which asks its state dict first."""
-        for module in model.modules():
-            hook = getattr(module, "_hf_hook", None)
-            for single in getattr(hook, "hooks", (hook,)):
-                loader = getattr(getattr(single, "weights_map", None), "dataset", None)
-                if loader is not None:
-                    self._in_memory |= loader.state_dict
-                    self._device = torch.device(loader.device or "cpu")
-                    loader.state_dict = self
-                    return
+        found = [getattr(module, "_hf_hook", None) for module in model.modules()]
+        hooks = [single for hook in found for single in getattr(hook, "hooks", (hook,))]
+        devices = {torch.device(getattr(hook, "execution_device", None) or "cpu").type for hook in hooks}
+        self._is_sent_on = devices != {"cpu"}
+        loaders = [getattr(getattr(hook, "weights_map", None), "dataset", None) for hook in hooks]
+        for loader in loaders:
+            if loader is not None:
+                self._in_memory |= loader.state_dict
+                self._device = torch.device(loader.device or "cpu")
+                loader.state_dict = self
+                return
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._in_memory.get(name)
@@ -176,7 +179,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
             row = self._rows.get(self._same_as.get(name, name))
             tensor = self._converted(name) if row is None else self._placed(row, self._apart.get(name))
             is_of_file = row is None or row.action in (Action.MAP, Action.REMAP)
-            if is_of_file and (name in self._buffers or self._device.type != "cpu"):
+            if is_of_file and (name in self._buffers or self._is_sent_on or self._device.type != "cpu"):
                 # Forwards write to buffers, and do not mean the next one to see it. And a driver that copies from
                 # a private mapping breaks its copy-on-write first, page by page.
                 tensor = tensor.clone()

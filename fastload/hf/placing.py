@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,13 +25,14 @@ from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
 from fastload.loader import remember_report
 from fastload.options import LoadOptions
-from fastload.placement.cpu import place
-from fastload.placement.fused import place_fused
+from fastload.placement.device import Staging, has_staged_rows
 from fastload.placement.modules import give
-from fastload.placement.network import read_from_network
+from fastload.placement.network import read_apart
+from fastload.placement.placing import place_all
 from fastload.plan.rows import Action
 from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch
+from fastload.storage.devices import device_for
 from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
 from fastload.streaming.arrivals import Arrivals
@@ -49,6 +50,22 @@ class _Opened:
     open_file: Callable[[str], MappedFile]
     checkpoint: Checkpoint | None
     others: tuple[str, ...] = ()
+
+
+class _Done(NamedTuple):
+    """What placing came to.
+
+    Attributes:
+        bytes_by_action: bytes in the files by what is done with them.
+        sources: of what is converted and stays on disk.
+        open_file: the way to open the files.
+        notes: choices that were made.
+    """
+
+    bytes_by_action: dict[str, int]
+    sources: dict[str, Source]
+    open_file: OpenFile
+    notes: tuple[str, ...]
 
 
 def place_weights(
@@ -95,28 +112,28 @@ def place_weights(
     info.unexpected_keys.update(opened.others)
     with clock("place"):
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
-        bytes_by_action, sources, open_file = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals)
+        done = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals)
         disk = None
         if uses_disk(asked):
             convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
             held = opened.open_file if opened.checkpoint is None else opened.checkpoint
-            disk = DiskWeights(left, sources, opened.specs, held, convert)
+            disk = DiskWeights(left, done.sources, opened.specs, held, convert)
             _mark(modules, disk, info)
         if asked.disable_mmap:
             detach(model)
     # Saving reverts what loading applied.
     model._weight_conversions = [transform for transform in transforms if transform.was_used()]
     n_tensors = len(opened.specs) - len(renamed.unexpected)
-    report = _report(asked, opened, info, bytes_by_action, n_tensors, clock, before_bytes)
+    report = _report(asked, opened, info, done, n_tensors, clock, before_bytes)
     remember_report(model, report if disk is None else replace(report, notes=(*report.notes, *disk.notes)))
-    return info, disk, partial(arrivals.begin, model, open_file)
+    return info, disk, partial(arrivals.begin, model, done.open_file)
 
 
 def _report(
     asked: Any,
     opened: _Opened,
     info: LoadStateDictInfo,
-    bytes_by_action: dict[str, int],
+    done: _Done,
     n_tensors: int,
     clock: Stopwatch,
     before_bytes: int | None,
@@ -129,13 +146,13 @@ def _report(
         files=checkpoint.files if checkpoint else (),
         format=checkpoint.format if checkpoint else "",
         n_tensors=n_tensors,
-        n_bytes=sum(bytes_by_action.values()),
-        bytes_by_action=bytes_by_action,
+        n_bytes=sum(done.bytes_by_action.values()),
+        bytes_by_action=done.bytes_by_action,
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
         unexpected_keys=tuple(sorted(info.unexpected_keys)),
         mismatched_keys=tuple((name, tuple(found), tuple(built)) for name, found, built in info.mismatched_keys),
-        notes=checkpoint.notes if checkpoint else (),
+        notes=(*(checkpoint.notes if checkpoint else ()), *done.notes),
     )
 
 
@@ -217,24 +234,22 @@ def _place(
     convert: Convert,
     on_disk: frozenset[str],
     arrivals: Arrivals,
-) -> tuple[dict[str, int], dict[str, Source], OpenFile]:
-    """Make all tensors and give them to the model.
-
-    Returns:
-        Bytes in the files by what is done with them, the sources of what is converted and stays on disk, and the way
-        to open the files.
-    """
+) -> _Done:
+    """Make all tensors and give them to the model."""
     plan, open_file = weights.plan, opened.open_file
+    # What a caller gave as a state dict is in memory: there is nothing to be read.
+    staging = Staging(device_for if opened.checkpoint is not None else lambda name: None)
     if opened.checkpoint is not None and arrivals.reads_all:
-        plan, open_file = read_from_network(plan, opened.checkpoint)
+        beside_a_device = has_staged_rows(plan, staging)
+        plan, open_file = read_apart(plan, opened.checkpoint, beside_a_device=beside_a_device)
     elif opened.checkpoint is None:
         plan = replace(plan, rows=tuple(map(without_file, plan.rows)), fused=tuple(map(without_file, plan.fused)))
     title = os.path.basename(str(asked.pretrained_model_name_or_path or "")) or "loading"
     now, later = arrivals.split(plan)
-    tensors = place(now, open_file, title=title)
-    fused, n_remapped_bytes = place_fused(now, open_file, {})
+    placed = place_all(now, open_file, staging, title=title)
+    n_remapped_bytes = placed.n_remapped_bytes
     n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
-    _set(modules, tensors | fused, info)
+    _set(modules, placed.tensors, info)
     _mark(modules, [row.fqn for row in later.all_rows], info)
     left: dict[str, Source] = {}
     for source in weights.conversions:
@@ -245,7 +260,7 @@ def _place(
     counts = plan.bytes_by_outcome(n_remapped_bytes)
     if weights.n_conversion_bytes:
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
-    return counts, left, open_file
+    return _Done(counts, left, open_file, placed.notes)
 
 
 def _converted(

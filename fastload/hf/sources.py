@@ -11,8 +11,7 @@ from fastload.checkpoint import Checkpoint
 from fastload.dtypes import from_torch
 from fastload.errors import IncompleteModelError
 from fastload.formats.index import checked_names
-from fastload.formats.specs import Region, StorageView, TensorSpec
-from fastload.plan.fusing import contiguous_stride
+from fastload.formats.specs import Region, StorageView, TensorSpec, contiguous_stride
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.names import FileFormat
 from fastload.storage.mapping import MappedFile

@@ -15,7 +15,7 @@ from torch import nn
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import to_torch
 from fastload.errors import OptionError
-from fastload.loader import fill_module
+from fastload.loader import fill_module, parse_pinned_memory
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton
@@ -76,6 +76,7 @@ class PretrainedLoading:
         lazy: bool = False,
         stream: bool = False,
         memory_budget: int | str | None = None,
+        pinned_memory: int | str | None = None,
         **config_fields: Any,
     ) -> Any:
         """Build the model from its config and fill it with trained weights.
@@ -106,6 +107,7 @@ class PretrainedLoading:
             stream: return at once, and bring the weights in the background in the order of use.
             memory_budget: most bytes of weights to keep in memory, as a number, "4GB", or "auto" for what is free.
                 What is beyond is read for each forward. ``device_map="auto", max_memory={"cpu": "4GB"}`` says so too.
+            pinned_memory: most host memory that is pinned to load to a CUDA device, as a number or "512MB".
             config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
                 constructor.
 
@@ -148,6 +150,7 @@ class PretrainedLoading:
                 lazy=lazy,
                 stream=stream,
                 memory_budget_bytes=parse_memory_budget(memory_budget),
+                pinned_bytes=parse_pinned_memory(pinned_memory),
             )
             report = fill_module(
                 model,

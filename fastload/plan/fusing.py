@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import NamedTuple
 
 from fastload.dtypes import DType
 from fastload.errors import KeyMatchError, OptionError
-from fastload.formats.specs import TensorSpec
+from fastload.formats.specs import TensorSpec, contiguous_stride
 
-__all__ = ["Concatenate", "FusedSpec", "Fusion", "Piece", "Stack", "contiguous_stride", "fuse", "join"]
+__all__ = ["Concatenate", "FusedSpec", "Fusion", "Piece", "Stack", "fuse", "join"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +139,6 @@ def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[di
             fix="fetch or save the checkpoint again",
         )
     return rest, [spec for spec in fused if spec is not None]
-
-
-@cache
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def _place_of(key: str, head: str, star: str, tail: str) -> tuple[str, int] | None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fastload.dtypes import DTYPES
 from fastload.errors import KeyMatchError, OptionError
-from fastload.formats.specs import Region, TensorSpec
-from fastload.plan.fusing import Concatenate, FusedSpec, Fusion, Stack, contiguous_stride, fuse
+from fastload.formats.specs import Region, TensorSpec, contiguous_stride
+from fastload.plan.fusing import Concatenate, FusedSpec, Fusion, Stack, fuse
 
 GATE_UP = Fusion(
     ("experts.*.gate_proj.weight", "experts.*.up_proj.weight"), "experts.gate_up_proj", (Stack(0), Concatenate(1))

@@ -1,0 +1,215 @@
+"""Placing rows on accelerators: memory there, and a transfer that fills it, for every device at the same time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from fastload.errors import OptionError
+from fastload.options import PINNED_BYTES
+from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
+from fastload.plan.staging import Limits, StagingPlan, Wanted, can_be_staged, plan_staging, wanted_of
+from fastload.progress import Progress
+from fastload.reports import format_bytes
+from fastload.storage.devices import Device, Devices
+from fastload.storage.ring import Ring, pin_ahead
+from fastload.storage.staging import Transfer, typed
+
+__all__ = ["Staged", "Staging", "begin_pinning", "has_staged_rows", "place_on_devices", "stage"]
+
+Row = PlanRow | FusedRow
+
+
+class Staging(NamedTuple):
+    """How rows reach accelerators.
+
+    Attributes:
+        devices: the device of a name.
+        pinned_bytes: most pinned host memory for each device.
+        limits: sizes of chunks and buffers.
+    """
+
+    devices: Devices
+    pinned_bytes: int = PINNED_BYTES
+    limits: Limits = Limits()
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of a ring. Raises OptionError where there would not be one to read into and one to send."""
+        n_slots = self.pinned_bytes // self.limits.chunk_bytes
+        if n_slots < 2:
+            raise OptionError(
+                "too little pinned memory for a load to an accelerator",
+                expected=f"at least {format_bytes(2 * self.limits.chunk_bytes)}",
+                found=format_bytes(self.pinned_bytes),
+                fix="pass a larger pinned_memory, or none for the usual size",
+            )
+        return n_slots
+
+
+class Staged(NamedTuple):
+    """Tensors on a device, and the transfer that fills them.
+
+    Attributes:
+        tensors: by name. Their values are there when the transfer, or their group of it, has been waited for.
+        transfer: what is under way.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    transfer: Transfer
+
+
+def place_on_devices(
+    plan: LoadPlan, staging: Staging, existing: Mapping[str, torch.Tensor], title: str = "loading"
+) -> tuple[LoadPlan, dict[str, torch.Tensor], tuple[str, ...]]:
+    """Place the rows of a plan that staging can bring to accelerators.
+
+    Args:
+        plan: what to do.
+        staging: how.
+        existing: the module's own tensors, for rows that fill memory that is there.
+        title: label of the progress bar.
+
+    Returns:
+        The plan of the rows that are left, the tensors by name, and a note for each device on how they were read.
+
+    Raises:
+        OptionError: a device is not there, or there is too little pinned memory.
+        DeviceMemoryError: a device has too little memory. All that was taken is free again.
+        TruncatedFileError, UnreadableFileError: a file cannot be read.
+    """
+    rows: dict[str, tuple[Device, list[Row]]] = {}
+    for row in plan.all_rows:
+        device = _device_of(row, staging, existing)
+        if device is not None:
+            rows.setdefault(device.name, (device, []))[1].append(row)
+    if not rows:
+        return plan, {}, ()
+    total_bytes = sum(_n_file_bytes(row) for _, of_device in rows.values() for row in of_device)
+    placed: dict[str, torch.Tensor] = {}
+    with Progress(title, total_bytes) as progress, ExitStack() as transfers:
+        counting = threading.Lock()
+
+        def advance(n_bytes: int) -> None:
+            with counting:
+                progress.advance(n_bytes)
+
+        under_way = []
+        for device, of_device in rows.values():
+            staged = stage(of_device, device, staging, existing, advance=advance)
+            # Whatever happens to one of them, the others end before this returns.
+            under_way.append(transfers.enter_context(staged.transfer))
+            placed |= staged.tensors
+        for transfer in under_way:
+            transfer.wait()
+    left = replace(
+        plan,
+        rows=tuple(row for row in plan.rows if row.fqn not in placed),
+        fused=tuple(row for row in plan.fused if row.fqn not in placed),
+    )
+    return left, placed, tuple(transfer.note for transfer in under_way)
+
+
+def stage(
+    rows: Iterable[Row],
+    device: Device,
+    staging: Staging,
+    existing: Mapping[str, torch.Tensor] | None = None,
+    *,
+    group_of: Callable[[str], int] = lambda fqn: 0,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> Staged:
+    """Make the tensors of rows on one device and begin to fill them.
+
+    Args:
+        rows: rows that `can_be_staged`.
+        device: where.
+        staging: how.
+        existing: memory that is there, for rows that fill it: contiguous, and of the row's type.
+        group_of: name -> group: the lower ones arrive first, and each can be waited for. By block, for example.
+        advance: called on another thread with the bytes of each chunk that was sent.
+
+    Raises:
+        DeviceMemoryError: the device has too little memory; nothing has begun.
+    """
+    n_slots = staging.n_slots
+    held = existing or {}
+    plan = plan_staging(wanted_of(rows, group_of, lambda row: not row.device), staging.limits)
+    # What is made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        buffers, scratch = _memory(plan, device, held)
+        tensors: dict[str, torch.Tensor] = {}
+        for one, place in zip(plan.wanted, plan.places, strict=True):
+            for name in one.names:
+                made = held[name] if one.is_given else typed(buffers[place.buffer], one.dtype, place[1], one.shape)
+                tensors[name] = made
+        ring = Ring(device, staging.limits.chunk_bytes, min(n_slots, len(plan.chunks)))
+        return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, advance))
+
+
+def has_staged_rows(plan: LoadPlan, staging: Staging) -> bool:
+    """Whether rows of a plan are bound for an accelerator that staging reaches. OptionError if it is not there."""
+    names = {row.device for row in plan.all_rows if row.action is Action.MOVE}
+    return any(staging.devices(name) is not None for name in names)
+
+
+def begin_pinning(names: Iterable[str], n_bytes: int, staging: Staging) -> None:
+    """Pin host memory on a thread for a load to come, while its headers and its skeleton are made.
+
+    Args:
+        names: devices of the load.
+        n_bytes: size of the checkpoint.
+        staging: how it will be loaded.
+
+    Raises:
+        OptionError: a device is not there.
+    """
+    devices = {device.name: device for name in names if (device := staging.devices(name)) is not None}
+    for device in devices.values():
+        n_slots = min(staging.n_slots, -(-n_bytes // staging.limits.chunk_bytes))
+        pin_ahead(device, staging.limits.chunk_bytes, n_slots * len(devices))
+
+
+def _device_of(row: Row, staging: Staging, existing: Mapping[str, torch.Tensor]) -> Device | None:
+    """The device that staging brings a row to; None where it does not."""
+    if row.device:
+        wanted = row.device if row.action is Action.MOVE else ""
+    else:
+        tensor = existing[row.fqn]
+        is_simple = tensor.is_contiguous() and type(tensor.data) is torch.Tensor
+        wanted = str(tensor.device) if is_simple else ""
+    device = staging.devices(wanted) if wanted else None
+    return device if device is not None and can_be_staged(row) else None
+
+
+def _memory(
+    plan: StagingPlan, device: Device, existing: Mapping[str, torch.Tensor]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The buffers of a plan, and the scratch. What is not given is allocated at once, so that all or nothing is."""
+    given: dict[int, Wanted] = {
+        place.buffer: one for one, place in zip(plan.wanted, plan.places, strict=True) if one.is_given
+    }
+    sizes = [n_bytes for number, n_bytes in enumerate(plan.buffers) if number not in given]
+    *made, scratch = device.allocate([*sizes, plan.scratch_bytes])
+    fresh = iter(made)
+    buffers = [
+        _bytes_of(existing[given[number].names[0]]) if number in given else next(fresh)
+        for number in range(len(plan.buffers))
+    ]
+    return buffers, scratch
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as a flat tensor of bytes."""
+    n_bytes, begin = tensor.numel() * tensor.itemsize, tensor.storage_offset() * tensor.itemsize
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.detach().untyped_storage(), begin, (n_bytes,), (1,))
+
+
+def _n_file_bytes(row: Row) -> int:
+    return row.spec.n_bytes if isinstance(row, FusedRow) else row.spec.region.n_bytes

@@ -1,0 +1,359 @@
+"""Planning how rows reach a device: memory there, and chunks of the files that fill it.
+
+Pure. Tensors that are large stand alone, each in memory of its own, so that it is freed, pickled and shared between
+processes alone, as a tensor of torch's own making. Small ones are laid side by side in the order of the files: those
+that are neighbours there and here, and of one type, are one copy. What is read is sorted by group, file and offset;
+small gaps are read over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+from fastload.dtypes import DType
+from fastload.errors import OptionError
+from fastload.formats.chunks import Chunk, Part, Read
+from fastload.formats.specs import Region, contiguous_stride
+from fastload.plan.fusing import Piece
+from fastload.plan.rows import FusedRow, PlanRow
+
+__all__ = ["Limits", "Place", "StagingPlan", "Wanted", "can_be_staged", "plan_staging", "wanted_of"]
+
+_PAGE = 4096
+# A tensor that does not follow its neighbour begins on a multiple of this; one that does, on the smaller one.
+_ALIGNMENT = 256
+_LEAST_ALIGNMENT = 16
+# What is smaller is not split between two chunks only to fill the first.
+_LEAST_PART_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes, in bytes.
+
+    Attributes:
+        chunk_bytes: of a slot, a multiple of the page: the most that is read at once.
+        gap_bytes: what may lie between two parts for both to be one read, unless half of it would be in vain.
+        alone_bytes: from this size a tensor has a buffer of its own.
+        buffer_bytes: most of a buffer that several tensors share.
+    """
+
+    chunk_bytes: int = 16 << 20
+    gap_bytes: int = 4 << 10
+    alone_bytes: int = 4 << 20
+    buffer_bytes: int = 32 << 20
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 2 * _PAGE or self.chunk_bytes % _PAGE:
+            raise OptionError(
+                "a chunk is made of pages", expected=f"a multiple of {_PAGE}, of two at least", found=self.chunk_bytes
+            )
+
+
+class Wanted(NamedTuple):
+    """A tensor that is wanted on the device.
+
+    Attributes:
+        names: what it is for; those of one region of a file share one.
+        dtype: the type it shall have.
+        shape: its shape.
+        pieces: what it is made of, in raw bytes; a tensor of a file is one piece, the whole.
+        group: order of arrival: a lower group is there before a higher one.
+        is_given: the caller has memory for it.
+    """
+
+    names: tuple[str, ...]
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    group: int = 0
+    is_given: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size on the device."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def source(self) -> DType:
+        """The type of its pieces."""
+        return self.pieces[0].spec.dtype
+
+    @property
+    def region(self) -> Region:
+        """Where it begins in the files."""
+        return min(piece.spec.region for piece in self.pieces)
+
+
+class Place(NamedTuple):
+    """Where a tensor is: the number of a buffer, and the bytes before it there."""
+
+    buffer: int
+    offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagingPlan:
+    """What is done for one device.
+
+    Attributes:
+        wanted: the tensors, in the order of group, file and offset.
+        places: where each of them will be.
+        buffers: bytes of each buffer.
+        chunks: what is read and copied, in order.
+    """
+
+    wanted: tuple[Wanted, ...]
+    places: tuple[Place, ...]
+    buffers: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that conversions pass through: the largest part that is not copied as it is."""
+        return max((part.n_bytes for chunk in self.chunks for part in chunk.parts if not part.is_plain), default=0)
+
+    @property
+    def given(self) -> frozenset[int]:
+        """Numbers of the buffers that the caller has."""
+        return frozenset(
+            place.buffer for wanted, place in zip(self.wanted, self.places, strict=True) if wanted.is_given
+        )
+
+    @property
+    def n_device_bytes(self) -> int:
+        """Device memory that is to be allocated."""
+        given = self.given
+        return self.scratch_bytes + sum(n_bytes for number, n_bytes in enumerate(self.buffers) if number not in given)
+
+
+class _Copy(NamedTuple):
+    """Bytes of a file and their place in a buffer; the fields are those of Part."""
+
+    group: int
+    file: str
+    offset_bytes: int
+    n_bytes: int
+    buffer: int
+    to_bytes: int
+    source: DType
+    dtype: DType
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+    @property
+    def n_result_bytes(self) -> int:
+        """Its size on the device."""
+        return self.n_bytes // self.source.itemsize * self.dtype.itemsize
+
+    def part(self, begin_bytes: int, n_bytes: int) -> _Copy:
+        """Some of the bytes of a copy that is no box."""
+        return self._replace(
+            offset_bytes=self.offset_bytes + begin_bytes,
+            n_bytes=n_bytes,
+            to_bytes=self.to_bytes + begin_bytes // self.source.itemsize * self.dtype.itemsize,
+        )
+
+
+def can_be_staged(row: PlanRow | FusedRow) -> bool:
+    """Whether a row is raw bytes of files that become a tensor by copies and a conversion of floating point types."""
+    specs = [piece.spec for piece in row.spec.pieces] if isinstance(row, FusedRow) else [row.spec]
+    if any(spec.view is not None or spec.region.encoding is not None for spec in specs):
+        return False
+    return all(spec.dtype is row.dtype or (spec.dtype.castable and row.dtype.castable) for spec in specs)
+
+
+def wanted_of(
+    rows: Iterable[PlanRow | FusedRow],
+    group_of: Callable[[str], int] = lambda fqn: 0,
+    is_given: Callable[[PlanRow | FusedRow], bool] = lambda row: False,
+) -> list[Wanted]:
+    """The tensors that rows ask for. Rows of one region and type share one, as they do in the file.
+
+    Args:
+        rows: rows that `can_be_staged`.
+        group_of: name -> group of its arrival.
+        is_given: whether a row fills memory that is there.
+    """
+    found: dict[tuple[object, ...], Wanted] = {}
+    for row in rows:
+        group, given = group_of(row.fqn), is_given(row)
+        at: tuple[object, ...] = (row.fqn,)
+        if isinstance(row, FusedRow):
+            pieces = row.spec.pieces
+        else:
+            spec = row.spec
+            pieces = (Piece(spec, 0, contiguous_stride(spec.shape)),)
+            if not given and spec.region.n_bytes:
+                at = (spec.region, spec.dtype, row.dtype, spec.shape)
+        known = found.get(at)
+        if known is None:
+            found[at] = Wanted((row.fqn,), row.dtype, row.spec.shape, pieces, group, given)
+        else:
+            found[at] = known._replace(names=(*known.names, row.fqn), group=min(known.group, group))
+    return list(found.values())
+
+
+def plan_staging(wanted: Iterable[Wanted], limits: Limits | None = None) -> StagingPlan:
+    """Lay tensors out on a device, and cut what they are made of into chunks."""
+    limits = limits or Limits()
+    ordered = sorted(wanted, key=lambda one: (one.group, one.region[:2]))
+    places, buffers = _lay_out(ordered, limits)
+    copies = [copy for one, place in zip(ordered, places, strict=True) for copy in _copies(one, place, limits)]
+    copies.sort(key=lambda copy: copy[:3])
+    chunks = _chunks(_joined(copies), limits)
+    return StagingPlan(tuple(ordered), tuple(places), tuple(buffers), tuple(chunks))
+
+
+def _lay_out(ordered: Sequence[Wanted], limits: Limits) -> tuple[list[Place], list[int]]:
+    """Give every tensor its place. One that follows its neighbour in the file follows it here too, if it may."""
+    places: list[Place] = []
+    buffers: list[int] = []
+    # (group, type) -> the buffer that is being filled, and where in the file the last tensor in it ends
+    filling: dict[tuple[int, DType], tuple[int, tuple[str, int]]] = {}
+    for one in ordered:
+        if one.is_given or one.n_bytes >= limits.alone_bytes:
+            places.append(Place(len(buffers), 0))
+            buffers.append(one.n_bytes)
+            continue
+        region = one.region
+        number, end_in_file = filling.get((one.group, one.dtype), (-1, ("", 0)))
+        offset = 0
+        if number >= 0:
+            offset = buffers[number]
+            if end_in_file != (region.file, region.offset_bytes) or offset % _LEAST_ALIGNMENT:
+                offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
+        if number < 0 or offset + one.n_bytes > limits.buffer_bytes:
+            number, offset = len(buffers), 0
+            buffers.append(0)
+        places.append(Place(number, offset))
+        buffers[number] = offset + one.n_bytes
+        end = region.offset_bytes + region.n_bytes if len(one.pieces) == 1 else -1
+        filling[one.group, one.dtype] = number, (region.file, end)
+    return places, buffers
+
+
+def _copies(one: Wanted, place: Place, limits: Limits) -> Iterator[_Copy]:
+    for piece in one.pieces:
+        region = piece.spec.region
+        if not region.n_bytes:
+            continue
+        to_bytes = place.offset_bytes + piece.offset * one.dtype.itemsize
+        whole = _Copy(
+            one.group, region.file, region.offset_bytes, region.n_bytes, place.buffer, to_bytes, one.source, one.dtype
+        )
+        if piece.is_contiguous:
+            yield whole
+        else:
+            yield from _boxes(whole._replace(shape=piece.spec.shape, stride=piece.stride), limits.chunk_bytes - _PAGE)
+
+
+def _boxes(copy: _Copy, most_bytes: int) -> Iterator[_Copy]:
+    """A box in boxes of no more than most_bytes, along its first dimensions."""
+    if copy.stride == contiguous_stride(copy.shape):
+        copy = copy._replace(shape=(), stride=())
+    if copy.n_bytes <= most_bytes or not copy.shape:
+        yield copy
+        return
+    row_bytes = copy.n_bytes // copy.shape[0]
+    n_rows = max(1, most_bytes // row_bytes)
+    for begin in range(0, copy.shape[0], n_rows):
+        n = min(n_rows, copy.shape[0] - begin)
+        box = copy._replace(
+            offset_bytes=copy.offset_bytes + begin * row_bytes,
+            n_bytes=n * row_bytes,
+            to_bytes=copy.to_bytes + begin * copy.stride[0] * copy.dtype.itemsize,
+            shape=(n, *copy.shape[1:]),
+        )
+        # A single row may be too large still: then its own first dimension is the one to go along.
+        yield from _boxes(box if n > 1 else box._replace(shape=box.shape[1:], stride=box.stride[1:]), most_bytes)
+
+
+def _joined(copies: Iterable[_Copy]) -> Iterator[_Copy]:
+    """Copies that go on in both file and buffer, as one."""
+    last: _Copy | None = None
+    for copy in copies:
+        if last is not None:
+            follows = last.part(last.n_bytes, copy.n_bytes) if not last.stride else None
+            if follows == copy and last.n_bytes % last.source.itemsize == 0:
+                last = last._replace(n_bytes=last.n_bytes + copy.n_bytes)
+                continue
+            yield last
+        last = copy
+    if last is not None:
+        yield last
+
+
+@dataclass(slots=True)
+class _OpenChunk:
+    """A chunk that is being filled."""
+
+    reads: list[Read] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    n_covered_bytes: int = 0  # of the last read, without gaps
+
+    def put(self, copy: _Copy, limits: Limits) -> int:
+        """Take as many bytes of a copy as fit, and say how many."""
+        joined = self._join(copy, limits)
+        if joined is not None:
+            read, n_bytes, n_covered = joined
+            self.reads[-1] = read
+            self.n_covered_bytes = n_covered
+        else:
+            last = self.reads[-1] if self.reads else Read(0, 0, 0)
+            begin = -(-(last.at_bytes + last.n_bytes) // _PAGE) * _PAGE + copy.offset_bytes % _PAGE
+            n_bytes = _fitting(copy, limits.chunk_bytes - begin, limits)
+            if not n_bytes:
+                return 0
+            read = Read(copy.offset_bytes, n_bytes, begin)
+            self.reads.append(read)
+            self.n_covered_bytes = n_bytes
+        at = read.at_bytes + copy.offset_bytes - read.offset_bytes
+        self.parts.append(
+            Part(at, n_bytes, copy.buffer, copy.to_bytes, copy.source, copy.dtype, copy.shape, copy.stride)
+        )
+        return n_bytes
+
+    def _join(self, copy: _Copy, limits: Limits) -> tuple[Read, int, int] | None:
+        """The last read with a copy in it, the bytes of the copy that fit, and the bytes that are not gaps; or None."""
+        if not self.reads:
+            return None
+        read = self.reads[-1]
+        end = read.offset_bytes + read.n_bytes
+        if copy.offset_bytes > end + limits.gap_bytes:
+            return None
+        at = read.at_bytes + copy.offset_bytes - read.offset_bytes
+        n_bytes = _fitting(copy, limits.chunk_bytes - at, limits)
+        new_end = max(end, copy.offset_bytes + n_bytes)
+        n_covered = self.n_covered_bytes + max(0, new_end - max(end, copy.offset_bytes))
+        n_read_bytes = new_end - read.offset_bytes
+        if not n_bytes or n_read_bytes > 2 * n_covered:
+            return None
+        return read._replace(n_bytes=n_read_bytes), n_bytes, n_covered
+
+
+def _fitting(copy: _Copy, room_bytes: int, limits: Limits) -> int:
+    """The bytes of a copy to be put where there is room; whole elements, and no scraps. 0 for none."""
+    if copy.n_bytes <= room_bytes:
+        return copy.n_bytes
+    if copy.stride or room_bytes < min(_LEAST_PART_BYTES, limits.chunk_bytes // 2):
+        return 0
+    return room_bytes // _ALIGNMENT * _ALIGNMENT
+
+
+def _chunks(copies: Iterable[_Copy], limits: Limits) -> Iterator[Chunk]:
+    for (group, file), run in groupby(copies, key=lambda copy: copy[:2]):
+        open_chunk = _OpenChunk()
+        for copy in run:
+            left = copy
+            while left.n_bytes:
+                n_bytes = open_chunk.put(left, limits)
+                left = left.part(n_bytes, left.n_bytes - n_bytes)
+                if left.n_bytes:
+                    yield Chunk(file, group, tuple(open_chunk.reads), tuple(open_chunk.parts))
+                    open_chunk = _OpenChunk()
+        yield Chunk(file, group, tuple(open_chunk.reads), tuple(open_chunk.parts))
