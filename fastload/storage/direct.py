@@ -92,10 +92,11 @@ class Choice:
             return "from the page cache"
         if self._refused:
             return f"through the page cache, since O_DIRECT is refused ({self._refused})"
-        rates = f"{format_bytes(int(self._rate(True)))}/s a reader past the page cache, {format_bytes(int(self._rate(False)))}/s"
+        past, through = (f"{format_bytes(int(self._rate(way)))}/s" for way in (True, False))
+        rates = f"{past} a reader past it, {through} through it"
         if self._decided is None:
-            return f"past and through the page cache by turns: too little to choose ({rates} through it)"
-        return f"{'past' if self._decided else 'through'} the page cache ({rates} through it)"
+            return f"past and through the page cache by turns, as it was too little to choose ({rates})"
+        return f"{'past' if self._decided else 'through'} the page cache ({rates})"
 
 
 class ChunkFiles:
