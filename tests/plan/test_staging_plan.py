@@ -105,14 +105,17 @@ def test_given_memory_is_not_counted_as_needed() -> None:
 
 def test_pieces_go_straight_into_their_slices() -> None:
     pieces = tuple(Piece(spec(f"e{i}", 64 * i, (4, 4)), 16 * i, (4, 1)) for i in range(4))
-    plan = plan_staging(wanted_of([FusedRow("e", FusedSpec("e", (4, 4, 4), pieces), F32, "cuda:0", Action.MOVE)]), SMALL)
+    plan = plan_staging(
+        wanted_of([FusedRow("e", FusedSpec("e", (4, 4, 4), pieces), F32, "cuda:0", Action.MOVE)]), SMALL
+    )
     assert [(part.n_bytes, part.is_plain) for part in parts(plan)] == [(256, True)]
     assert plan.scratch_bytes == 0
 
 
 def test_a_piece_that_is_no_run_passes_through_the_scratch() -> None:
     pieces = tuple(Piece(spec(f"e{i}", 64 * i, (4, 4)), 4 * i, (8, 1)) for i in range(2))
-    plan = plan_staging(wanted_of([FusedRow("e", FusedSpec("e", (4, 8), pieces), F32, "cuda:0", Action.MOVE)]), SMALL)
+    fused = FusedRow("e", FusedSpec("e", (4, 8), pieces), F32, "cuda:0", Action.MOVE)
+    plan = plan_staging(wanted_of([fused]), SMALL)
     assert [(part.shape, part.stride) for part in parts(plan)] == [((4, 4), (8, 1))] * 2
     assert plan.scratch_bytes == 64
 
@@ -210,9 +213,7 @@ def test_reads_fit_into_a_slot_share_no_page_and_are_mostly_used(wanted: list[Wa
     for chunk in plan.chunks:
         end_page = 0
         for read in chunk.reads:
-            used = sum(
-                part.n_bytes for part in chunk.parts if 0 <= part.at_bytes - read.at_bytes < read.n_bytes
-            )
+            used = sum(part.n_bytes for part in chunk.parts if 0 <= part.at_bytes - read.at_bytes < read.n_bytes)
             assert read.at_bytes % PAGE == read.offset_bytes % PAGE
             assert read.at_bytes // PAGE >= end_page
             assert read.n_bytes <= 2 * used
