@@ -49,9 +49,8 @@ def past(tmp_path: Path) -> AlwaysPast:
 
 
 def cold_file(file: Path) -> None:
-    """A file of 32 MB that is not cached; to look for what is cached of a small one brings the rest in."""
-    file.touch()
-    os.truncate(file, 32 << 20)
+    """A file of 16 MB that is not cached; to look for what is cached of a small one brings the rest in."""
+    file.write_bytes(os.urandom(1 << 20) * 16)
     make_cold(file)
 
 
