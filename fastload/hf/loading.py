@@ -28,6 +28,7 @@ from fastload.hf.handing_over import reason_to_hand_over
 from fastload.hf.offloading import DiskWeights
 from fastload.hf.placing import place_weights
 from fastload.initialisers import BuildOnMeta
+from fastload.loader import parse_pinned_memory
 from fastload.options import FileOptions, HubOptions, LoadOptions
 from fastload.pauses import paused_collector
 from fastload.prefetching import read_ahead_early
@@ -99,7 +100,9 @@ class Loading:
         count_load(reason)
         current = _CURRENT.get()
         if reason:
-            if current is not None and current.how != LoadOptions(strict=current.how.strict):
+            if current is not None and current.how != LoadOptions(
+                strict=current.how.strict, pinned_bytes=current.how.pinned_bytes
+            ):
                 raise OptionError(
                     "weights cannot arrive later where transformers places them",
                     found=reason,
@@ -148,7 +151,7 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     Args:
         from_pretrained: bound to that class.
         args, kwargs: the caller's. Fastload's own among them are ``strict`` (KeyMatchError where keys do not fit),
-            ``lazy``, ``stream`` and ``memory_budget`` (see `PretrainedLoading.from_pretrained`).
+            ``lazy``, ``stream``, ``memory_budget`` and ``pinned_memory`` (see `PretrainedLoading.from_pretrained`).
     """
     options = dict(kwargs)
     budget = options.pop("memory_budget", None)
@@ -157,6 +160,7 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         lazy=bool(options.pop("lazy", False)),
         stream=bool(options.pop("stream", False)),
         memory_budget_bytes=parse_memory_budget(budget),
+        pinned_bytes=parse_pinned_memory(options.pop("pinned_memory", None)),
     )
     current = _Load(how)
     read_ahead_for(args, kwargs)

@@ -112,7 +112,7 @@ def place_weights(
     info.unexpected_keys.update(opened.others)
     with clock("place"):
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
-        done = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals)
+        done = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals, how.pinned_bytes)
         disk = None
         if uses_disk(asked):
             convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
@@ -234,11 +234,12 @@ def _place(
     convert: Convert,
     on_disk: frozenset[str],
     arrivals: Arrivals,
+    pinned_bytes: int,
 ) -> _Done:
     """Make all tensors and give them to the model."""
     plan, open_file = weights.plan, opened.open_file
     # What a caller gave as a state dict is in memory: there is nothing to be read.
-    staging = Staging(device_for if opened.checkpoint is not None else lambda name: None)
+    staging = Staging(device_for if opened.checkpoint is not None else lambda name: None, pinned_bytes)
     if opened.checkpoint is not None and arrivals.reads_all:
         beside_a_device = has_staged_rows(plan, staging)
         plan, open_file = read_apart(plan, opened.checkpoint, beside_a_device=beside_a_device)

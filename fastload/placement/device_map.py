@@ -51,12 +51,13 @@ def resolve_device_map(
 
 def dispatch(model: nn.Module, device_map: Mapping[str, str]) -> None:
     """Install accelerate's hooks where a model lies on several devices; a model on one device needs none."""
-    if len(set(device_map.values()) - {"disk"}) < 2:
+    # What lies on disk is mapped on the CPU: the kernel keeps of it what memory allows.
+    devices = {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
+    if len(set(devices.values())) < 2:
         return
     from accelerate import dispatch_model
 
-    # What lies on disk is mapped on the CPU: the kernel keeps of it what memory allows.
-    dispatch_model(model, {name: "cpu" if device == "disk" else device for name, device in device_map.items()})
+    dispatch_model(model, devices)
 
 
 def _infer(

@@ -78,7 +78,12 @@ class Transfer:
             for number in range(min(_n_readers(self._choice), len(self._chunks)))
         ]
         self._sender = threading.Thread(target=self._send_all, name="fastload-sender", daemon=True)
-        self._sender.start()
+        try:
+            self._sender.start()
+        except BaseException:
+            self._stream.close()
+            ring.close()
+            raise
 
     @property
     def note(self) -> str:
