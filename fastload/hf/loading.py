@@ -100,9 +100,7 @@ class Loading:
         count_load(reason)
         current = _CURRENT.get()
         if reason:
-            if current is not None and current.how != LoadOptions(
-                strict=current.how.strict, pinned_bytes=current.how.pinned_bytes
-            ):
+            if current is not None and (current.how.is_deferred or current.how.memory_budget_bytes is not None):
                 raise OptionError(
                     "weights cannot arrive later where transformers places them",
                     found=reason,

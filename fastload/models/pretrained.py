@@ -21,13 +21,15 @@ from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton
 from fastload.options import FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
 from fastload.pauses import paused_collector
-from fastload.placement.device_map import DeviceMapArgument, dispatch, resolve_device_map
+from fastload.placement.device import Staging, begin_pinning
+from fastload.placement.device_map import DeviceMapArgument, dispatch, named_devices, resolve_device_map
 from fastload.plan.keys import KeyRules
 from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.sources.hub import pinned
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
+from fastload.storage.devices import device_for
 from fastload.streaming.arrivals import parse_memory_budget
 
 if TYPE_CHECKING:
@@ -132,6 +134,8 @@ class PretrainedLoading:
                 checkpoint = Checkpoint(found)
                 if memory_budget is None and max_memory is None:
                     checkpoint.read_ahead()
+                pinned_bytes = parse_pinned_memory(pinned_memory)
+                begin_pinning(named_devices(device_map), checkpoint.n_bytes, Staging(device_for, pinned_bytes))
                 config.dtype = _choose_dtype(dtype if torch_dtype is None else torch_dtype, config, checkpoint)
                 config.attn_implementation = attn_implementation or config.attn_implementation
             with clock("skeleton"):
@@ -150,7 +154,7 @@ class PretrainedLoading:
                 lazy=lazy,
                 stream=stream,
                 memory_budget_bytes=parse_memory_budget(memory_budget),
-                pinned_bytes=parse_pinned_memory(pinned_memory),
+                pinned_bytes=pinned_bytes,
             )
             report = fill_module(
                 model,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -84,8 +85,9 @@ def place_on_devices(
         TruncatedFileError, UnreadableFileError: a file cannot be read.
     """
     rows: dict[str, tuple[Device, list[Row]]] = {}
+    devices = cache(staging.devices)
     for row in plan.all_rows:
-        device = _device_of(row, staging, existing)
+        device = _device_of(row, devices, existing)
         if device is not None:
             rows.setdefault(device.name, (device, []))[1].append(row)
     if not rows:
@@ -175,7 +177,7 @@ def begin_pinning(names: Iterable[str], n_bytes: int, staging: Staging) -> None:
         pin_ahead(device, staging.limits.chunk_bytes, n_slots * len(devices))
 
 
-def _device_of(row: Row, staging: Staging, existing: Mapping[str, torch.Tensor]) -> Device | None:
+def _device_of(row: Row, devices: Devices, existing: Mapping[str, torch.Tensor]) -> Device | None:
     """The device that staging brings a row to; None where it does not."""
     if row.device:
         wanted = row.device if row.action is Action.MOVE else ""
@@ -183,7 +185,7 @@ def _device_of(row: Row, staging: Staging, existing: Mapping[str, torch.Tensor])
         tensor = existing[row.fqn]
         is_simple = tensor.is_contiguous() and type(tensor.data) is torch.Tensor
         wanted = str(tensor.device) if is_simple else ""
-    device = staging.devices(wanted) if wanted else None
+    device = devices(wanted) if wanted else None
     return device if device is not None and can_be_staged(row) else None
 
 

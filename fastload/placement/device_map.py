@@ -12,7 +12,7 @@ from fastload.errors import OptionError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DeviceMapArgument", "dispatch", "resolve_device_map"]
+__all__ = ["DeviceMapArgument", "dispatch", "named_devices", "resolve_device_map"]
 
 DeviceMapArgument = str | int | torch.device | Mapping[str, str | int | torch.device] | None
 
@@ -47,6 +47,19 @@ def resolve_device_map(
     if max_memory is None and not torch.accelerator.is_available():
         return {"": "cpu"}
     return _infer(model, device_map, max_memory, dtype)
+
+
+def named_devices(device_map: DeviceMapArgument) -> list[str]:
+    """The devices that a device map names before there is a model; of a strategy the accelerator, if there is one.
+
+    Raises:
+        OptionError: an unknown device, or one that is not there.
+    """
+    if isinstance(device_map, Mapping):
+        return [_device_name(device) for device in device_map.values() if device != "disk"]
+    if device_map in _STRATEGIES:
+        return ["cuda"] if torch.cuda.is_available() else []
+    return [] if device_map is None else [_device_name(device_map)]
 
 
 def dispatch(model: nn.Module, device_map: Mapping[str, str]) -> None:

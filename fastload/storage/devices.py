@@ -137,9 +137,12 @@ def device_for(name: str) -> Device | None:
     """The accelerator of a name, ``"cuda"`` or ``"cuda:1"``; None for what is no CUDA device.
 
     Raises:
-        OptionError: there is no such CUDA device.
+        OptionError: there is no such CUDA device, or no such kind of device.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError("unknown device", expected="such as 'cpu', 'cuda' or 'cuda:1'", found=name) from error
     if device.type != "cuda":
         return None
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -23,6 +23,12 @@ def test_what_is_no_cuda_device_is_not_reached_by_staging(name: str) -> None:
     assert device_for(name) is None
 
 
+def test_a_kind_of_device_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    fastload.save_state_dict(mixed_tensors(), tmp_path)
+    with pytest.raises(OptionError, match="unknown device"):
+        fastload.load_state_dict(tmp_path, device="warp")
+
+
 @without_cuda
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99"])
 def test_a_load_to_cuda_without_cuda_says_so(tmp_path: Path, name: str) -> None:
