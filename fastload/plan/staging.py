@@ -86,7 +86,8 @@ class Wanted(NamedTuple):
     @property
     def region(self) -> Region:
         """Where it begins in the files."""
-        return min(piece.spec.region for piece in self.pieces)
+        first = self.pieces[0].spec.region
+        return first if len(self.pieces) == 1 else min(piece.spec.region for piece in self.pieces)
 
 
 class Place(NamedTuple):
@@ -144,11 +145,6 @@ class _Copy(NamedTuple):
     dtype: DType
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
-
-    @property
-    def n_result_bytes(self) -> int:
-        """Its size on the device."""
-        return self.n_bytes // self.source.itemsize * self.dtype.itemsize
 
     def part(self, begin_bytes: int, n_bytes: int) -> _Copy:
         """Some of the bytes of a copy that is no box."""
@@ -216,9 +212,10 @@ def _lay_out(ordered: Sequence[Wanted], limits: Limits) -> tuple[list[Place], li
     # (group, type) -> the buffer that is being filled, and where in the file the last tensor in it ends
     filling: dict[tuple[int, DType], tuple[int, tuple[str, int]]] = {}
     for one in ordered:
-        if one.is_given or one.n_bytes >= limits.alone_bytes:
+        n_bytes = one.n_bytes
+        if one.is_given or n_bytes >= limits.alone_bytes:
             places.append(Place(len(buffers), 0))
-            buffers.append(one.n_bytes)
+            buffers.append(n_bytes)
             continue
         region = one.region
         number, end_in_file = filling.get((one.group, one.dtype), (-1, ("", 0)))
@@ -227,11 +224,11 @@ def _lay_out(ordered: Sequence[Wanted], limits: Limits) -> tuple[list[Place], li
             offset = buffers[number]
             if end_in_file != (region.file, region.offset_bytes) or offset % _LEAST_ALIGNMENT:
                 offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
-        if number < 0 or offset + one.n_bytes > limits.buffer_bytes:
+        if number < 0 or offset + n_bytes > limits.buffer_bytes:
             number, offset = len(buffers), 0
             buffers.append(0)
         places.append(Place(number, offset))
-        buffers[number] = offset + one.n_bytes
+        buffers[number] = offset + n_bytes
         end = region.offset_bytes + region.n_bytes if len(one.pieces) == 1 else -1
         filling[one.group, one.dtype] = number, (region.file, end)
     return places, buffers
@@ -276,16 +273,27 @@ def _boxes(copy: _Copy, most_bytes: int) -> Iterator[_Copy]:
 def _joined(copies: Iterable[_Copy]) -> Iterator[_Copy]:
     """Copies that go on in both file and buffer, as one."""
     last: _Copy | None = None
+    n_bytes = 0  # of the last, with what was joined to it
     for copy in copies:
+        if (
+            last is not None
+            and copy.offset_bytes == last.offset_bytes + n_bytes
+            and copy.buffer == last.buffer
+            and copy.to_bytes == last.to_bytes + n_bytes // last.source.itemsize * last.dtype.itemsize
+            and copy.source is last.source
+            and copy.dtype is last.dtype
+            and copy.file == last.file
+            and copy.group == last.group
+            and not copy.stride
+            and not last.stride
+        ):
+            n_bytes += copy.n_bytes
+            continue
         if last is not None:
-            follows = last.part(last.n_bytes, copy.n_bytes) if not last.stride else None
-            if follows == copy and last.n_bytes % last.source.itemsize == 0:
-                last = last._replace(n_bytes=last.n_bytes + copy.n_bytes)
-                continue
-            yield last
-        last = copy
+            yield last if n_bytes == last.n_bytes else last._replace(n_bytes=n_bytes)
+        last, n_bytes = copy, copy.n_bytes
     if last is not None:
-        yield last
+        yield last if n_bytes == last.n_bytes else last._replace(n_bytes=n_bytes)
 
 
 @dataclass(slots=True)
@@ -350,10 +358,8 @@ def _chunks(copies: Iterable[_Copy], limits: Limits) -> Iterator[Chunk]:
         open_chunk = _OpenChunk()
         for copy in run:
             left = copy
-            while left.n_bytes:
-                n_bytes = open_chunk.put(left, limits)
-                left = left.part(n_bytes, left.n_bytes - n_bytes)
-                if left.n_bytes:
-                    yield Chunk(file, group, tuple(open_chunk.reads), tuple(open_chunk.parts))
-                    open_chunk = _OpenChunk()
+            while (n_bytes := open_chunk.put(left, limits)) < left.n_bytes:
+                left = left.part(n_bytes, left.n_bytes - n_bytes) if n_bytes else left
+                yield Chunk(file, group, tuple(open_chunk.reads), tuple(open_chunk.parts))
+                open_chunk = _OpenChunk()
         yield Chunk(file, group, tuple(open_chunk.reads), tuple(open_chunk.parts))
