@@ -180,7 +180,7 @@ def places_of(part: Part) -> list[int]:
 
 
 @given(wanted_tensors())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_byte_is_read_and_written_once_and_limits_are_kept(wanted: list[Wanted]) -> None:
     plan = plan_staging(wanted, SMALL)
     expected: Counter[tuple[str, int, int, int]] = Counter()
@@ -206,7 +206,7 @@ def test_every_byte_is_read_and_written_once_and_limits_are_kept(wanted: list[Wa
 
 
 @given(wanted_tensors())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_reads_fit_into_a_slot_share_no_page_and_are_mostly_used(wanted: list[Wanted]) -> None:
     plan = plan_staging(wanted, SMALL)
     assert [chunk.group for chunk in plan.chunks] == sorted(chunk.group for chunk in plan.chunks)
