@@ -103,9 +103,7 @@ class Transfer:
             if event is not None:
                 event.wait()
             return
-        with self._changed:
-            while not self._ended:
-                self._changed.wait()
+        # Not by the condition: ctrl-C in the midst of taking its lock would leave it taken, and the sender waiting.
         self._sender.join()
         if self._error is not None:
             raise self._error
