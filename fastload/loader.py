@@ -220,7 +220,7 @@ def fill_module(
     with clock("finish"):
         notes = [*checkpoint.notes, *placed.notes]
         notes += _finish(modules, slots, plan, tensors, empty, options, rules, initialise)
-        arrivals.begin(module, open_file)
+        notes += arrivals.begin(module, open_file, staging)
     bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
     if options.detached:
         with clock("detach"):

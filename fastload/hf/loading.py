@@ -54,7 +54,7 @@ class _Load:
 
     how: LoadOptions
     rebuild: Callable[[], Any] | None = None
-    begin: Callable[[], None] | None = None
+    begin: Callable[[], object] | None = None
     disk: DiskWeights | None = None
 
 

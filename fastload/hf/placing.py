@@ -59,12 +59,14 @@ class _Done(NamedTuple):
         bytes_by_action: bytes in the files by what is done with them.
         sources: of what is converted and stays on disk.
         open_file: the way to open the files.
+        staging: the way to accelerators.
         notes: choices that were made.
     """
 
     bytes_by_action: dict[str, int]
     sources: dict[str, Source]
     open_file: OpenFile
+    staging: Staging
     notes: tuple[str, ...]
 
 
@@ -74,7 +76,7 @@ def place_weights(
     files: Sequence[str] | None,
     asked: Any,
     how: LoadOptions,
-) -> tuple[LoadStateDictInfo, DiskWeights | None, Callable[[], None]]:
+) -> tuple[LoadStateDictInfo, DiskWeights | None, Callable[[], object]]:
     """Fill a model built on meta, as `PreTrainedModel._load_pretrained_model` does.
 
     Args:
@@ -126,7 +128,7 @@ def place_weights(
     n_tensors = len(opened.specs) - len(renamed.unexpected)
     report = _report(asked, opened, info, done, n_tensors, clock, before_bytes)
     remember_report(model, report if disk is None else replace(report, notes=(*report.notes, *disk.notes)))
-    return info, disk, partial(arrivals.begin, model, done.open_file)
+    return info, disk, partial(arrivals.begin, model, done.open_file, done.staging)
 
 
 def _report(
@@ -261,7 +263,7 @@ def _place(
     counts = plan.bytes_by_outcome(n_remapped_bytes)
     if weights.n_conversion_bytes:
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
-    return _Done(counts, left, open_file, placed.notes)
+    return _Done(counts, left, open_file, staging, placed.notes)
 
 
 def _converted(

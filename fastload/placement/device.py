@@ -21,7 +21,7 @@ from fastload.storage.devices import Device, Devices
 from fastload.storage.ring import Ring, pin_ahead
 from fastload.storage.staging import Transfer, typed
 
-__all__ = ["Staged", "Staging", "begin_pinning", "has_staged_rows", "place_on_devices", "stage"]
+__all__ = ["Staged", "Staging", "begin_pinning", "has_staged_rows", "place_on_devices", "stage", "stage_all"]
 
 Row = PlanRow | FusedRow
 
@@ -84,12 +84,7 @@ def place_on_devices(
         DeviceMemoryError: a device has too little memory. All that was taken is free again.
         TruncatedFileError, UnreadableFileError: a file cannot be read.
     """
-    rows: dict[str, tuple[Device, list[Row]]] = {}
-    devices = cache(staging.devices)
-    for row in plan.all_rows:
-        device = _device_of(row, devices, existing)
-        if device is not None:
-            rows.setdefault(device.name, (device, []))[1].append(row)
+    rows = _by_device(plan.all_rows, staging, existing)
     if not rows:
         return plan, {}, ()
     total_bytes = sum(_n_file_bytes(row) for _, of_device in rows.values() for row in of_device)
@@ -154,6 +149,28 @@ def stage(
         return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, advance))
 
 
+def stage_all(rows: Iterable[Row], staging: Staging, group_of: Callable[[str], int]) -> tuple[Staged, ...]:
+    """Begin to bring those rows to accelerators that staging can: one transfer for each accelerator.
+
+    Args:
+        rows: rows that are to be made; others are left to the caller.
+        staging: how.
+        group_of: as for `stage`.
+
+    Raises:
+        DeviceMemoryError: an accelerator has too little memory. All that was taken is free again.
+    """
+    under_way: list[Staged] = []
+    try:
+        for device, of_device in _by_device(rows, staging, {}).values():
+            under_way.append(stage(of_device, device, staging, group_of=group_of))
+    except BaseException:
+        for staged in under_way:
+            staged.transfer.cancel()
+        raise
+    return tuple(under_way)
+
+
 def has_staged_rows(plan: LoadPlan, staging: Staging) -> bool:
     """Whether rows of a plan are bound for an accelerator that staging reaches. OptionError if it is not there."""
     names = {row.device for row in plan.all_rows if row.action is Action.MOVE}
@@ -175,6 +192,19 @@ def begin_pinning(names: Iterable[str], n_bytes: int, staging: Staging) -> None:
     for device in devices.values():
         n_slots = min(staging.n_slots, -(-n_bytes // staging.limits.chunk_bytes))
         pin_ahead(device, staging.limits.chunk_bytes, n_slots * len(devices))
+
+
+def _by_device(
+    rows: Iterable[Row], staging: Staging, existing: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[Device, list[Row]]]:
+    """The rows that staging brings to accelerators, by the accelerator's name."""
+    found: dict[str, tuple[Device, list[Row]]] = {}
+    devices = cache(staging.devices)
+    for row in rows:
+        device = _device_of(row, devices, existing)
+        if device is not None:
+            found.setdefault(device.name, (device, []))[1].append(row)
+    return found
 
 
 def _device_of(row: Row, devices: Devices, existing: Mapping[str, torch.Tensor]) -> Device | None:

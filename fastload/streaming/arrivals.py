@@ -11,6 +11,7 @@ from torch import nn
 
 from fastload.errors import OptionError
 from fastload.options import LoadOptions
+from fastload.placement.device import Staging
 from fastload.plan.rows import Action, LoadPlan
 from fastload.plan.sharding import parse_size
 from fastload.storage.mapping import MappedFile
@@ -63,7 +64,8 @@ class Arrivals:
         tied: name -> the first name of the same parameter.
 
     Raises:
-        OptionError: the memory budget is smaller than what must be in memory at one time.
+        OptionError: the memory budget is smaller than what must be in memory at one time; weights for several devices
+            are to arrive later.
     """
 
     def __init__(
@@ -75,6 +77,14 @@ class Arrivals:
         self._division: Division | None = None
         if not options.is_deferred and options.memory_budget_bytes is None:
             return
+        devices = {row.device for row in plan.all_rows if row.device}
+        if options.is_deferred and len(devices) > 1:
+            raise OptionError(
+                "what is laid out over several devices cannot arrive later",
+                expected="one device with stream or lazy",
+                found=", ".join(sorted(devices)),
+                fix="leave out stream and lazy, or name one device",
+            )
         self._units = find_units(modules)
         held = ((prefix, name) for prefix, module in modules.items() for name in module._parameters)
         names = (f"{prefix}.{name}" if prefix else name for prefix, name in held)
@@ -115,12 +125,14 @@ class Arrivals:
         self._later = parts[1]
         return parts[0], parts[1]
 
-    def begin(self, model: nn.Module, open_file: Callable[[str], MappedFile]) -> None:
-        """Let the later part arrive; the model is finished but for it."""
+    def begin(self, model: nn.Module, open_file: Callable[[str], MappedFile], staging: Staging) -> tuple[str, ...]:
+        """Let the later part arrive; the model is finished but for it. Returns notes on how."""
         if self._division is not None:
             if self._division.passing or self._division.experts:
-                Budget(self._modules, self._division, open_file)
+                Budget(self._modules, self._division, open_file, staging)
         elif self._options.is_deferred:
-            deferred = _DEFERRED[model] = Deferred(self._modules, self._later, open_file, self._units)
-            if self._options.stream:
-                deferred.bring_in_background()
+            deferred = Deferred(self._modules, self._later, open_file, self._units, staging)
+            notes = deferred.bring_in_background() if self._options.stream else ()
+            _DEFERRED[model] = deferred
+            return notes
+        return ()

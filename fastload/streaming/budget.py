@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from fastload.errors import OptionError
-from fastload.placement.cpu import place
-from fastload.placement.fused import place_fused
+from fastload.placement.device import Staging
+from fastload.placement.placing import place_all
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.reports import format_bytes
 from fastload.storage.mapping import MappedFile
@@ -144,12 +144,18 @@ class Budget:
             placeholders on meta.
         division: which units pass.
         open_file: path -> the mapped file.
+        staging: how rows reach accelerators.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], division: Division, open_file: Callable[[str], MappedFile]
+        self,
+        modules: Mapping[str, nn.Module],
+        division: Division,
+        open_file: Callable[[str], MappedFile],
+        staging: Staging,
     ) -> None:
         self._open_file = open_file
+        self._staging = staging
         self._order = division.passing
         self._rows = {unit: division.rows[unit] for unit in self._order}
         self._window_bytes = division.window_bytes
@@ -217,8 +223,7 @@ class Budget:
                 self.n_read_bytes += ticket.wait()
                 if self._made[unit] and not self._users[unit]:
                     plan = plan_of(self._made[unit])
-                    tensors = place(plan, self._open_file) | place_fused(plan, self._open_file, {})[0]
-                    for fqn, tensor in tensors.items():
+                    for fqn, tensor in place_all(plan, self._open_file, self._staging).tensors.items():
                         put(self._places[fqn], tensor)
             except Exception as error:
                 self._give_up()
