@@ -4,6 +4,8 @@ A forward goes through the blocks in a circle, for which keeping what was used l
 block is thrown out just before its turn. So some blocks stay, and of the others each is read ahead, used and let go:
 what must be read is what does not fit, at the rate of the disk, and nothing is ever pushed out.
 
+On an accelerator the blocks that pass are brought there through pinned memory, the next one while one computes.
+
 Weights that need no conversion are mapped once and for all; only their pages come and go. Others are made for the
 forward and dropped after it. What is written to a mapped weight stays in memory, beyond the budget; what is written to
 one that is made for each forward is lost with it.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 
 from fastload.errors import OptionError
-from fastload.placement.device import Staging
+from fastload.placement.device import Staged, Staging, stage_all
 from fastload.placement.placing import place_all
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.reports import format_bytes
@@ -38,6 +40,7 @@ __all__ = ["Budget", "Division", "divide"]
 
 Row = PlanRow | FusedRow
 _MAPPED = frozenset({Action.MAP, Action.REMAP})
+_ONE_GROUP = 0
 # Blocks that must have room beside what stays: the one that computes, and the one that is read.
 _LEAST_WINDOW = 2
 # From here on it does not matter that the kernel reads some way behind a block, and keeps pages in units of megabytes.
@@ -51,6 +54,25 @@ class _Watched(NamedTuple):
     address: int
     version: int
     parts: list[MappedPart]
+
+
+class _Coming(NamedTuple):
+    """A unit on its way: to the page cache, and to accelerators."""
+
+    ticket: Ticket
+    staged: tuple[Staged, ...]
+
+    def wait(self) -> int:
+        """Wait until it is there, or have the accelerators wait. Returns the bytes that were read from the disk."""
+        for staged in self.staged:
+            staged.transfer.hold_back(_ONE_GROUP)
+        return self.ticket.wait()
+
+    def cancel(self) -> None:
+        """Begin no more, and end what is under way."""
+        self.ticket.cancel()
+        for staged in self.staged:
+            staged.transfer.cancel()
 
 
 class Division:
@@ -164,7 +186,8 @@ class Budget:
         all_rows = chain(*division.rows.values(), *division.experts.values())
         self._files = Descriptors({extent.file for row in all_rows for extent in extents_of(row)})
         self._reader = Reader(self._files, scattered=largest_bytes < _LARGE_BLOCK_BYTES)
-        self._tickets: dict[str, Ticket] = {}
+        self._coming: dict[str, _Coming] = {}
+        weakref.finalize(self, _cancel, self._coming)
         self._made: dict[str, list[Row]] = {}
         self._places: dict[str, list[Place]] = {}
         self._mapped: dict[str, list[_Watched]] = {}
@@ -217,14 +240,12 @@ class Budget:
     def _enter(self, unit: str, module: nn.Module, args: Any) -> None:
         """Before the forward of a unit: its bytes are there, and those of the next are on their way."""
         with self._lock:
-            ticket = self._tickets.pop(unit, None) or self._begin(unit)
-            self._read_ahead(self._order.index(unit) + 1, self._n_bytes[unit])
             try:
-                self.n_read_bytes += ticket.wait()
-                if self._made[unit] and not self._users[unit]:
-                    plan = plan_of(self._made[unit])
-                    for fqn, tensor in place_all(plan, self._open_file, self._staging).tensors.items():
-                        put(self._places[fqn], tensor)
+                coming = self._coming.pop(unit, None) or self._begin(unit)
+                self._read_ahead(self._order.index(unit) + 1, self._n_bytes[unit])
+                self.n_read_bytes += coming.wait()
+                if not self._users[unit]:
+                    self._make(unit, coming.staged)
             except Exception as error:
                 self._give_up()
                 raise block_error(unit, error) from error
@@ -250,8 +271,20 @@ class Budget:
             placeholder = torch.empty(row.spec.shape, dtype=_dtype(self._places[row.fqn]), device="meta")
             put(self._places[row.fqn], placeholder)
 
-    def _begin(self, unit: str) -> Ticket:
-        return self._reader.read(extent for row in self._rows[unit] for extent in extents_of(row))
+    def _make(self, unit: str, staged: Iterable[Staged]) -> None:
+        """Put in place what is made for each forward: on accelerators already, or to be converted now."""
+        tensors = {name: tensor for one in staged for name, tensor in one.tensors.items()}
+        plan = plan_of(row for row in self._made[unit] if row.fqn not in tensors)
+        tensors |= place_all(plan, self._open_file, self._staging).tensors
+        for fqn, tensor in tensors.items():
+            put(self._places[fqn], tensor)
+
+    def _begin(self, unit: str) -> _Coming:
+        """Begin to bring a unit. Two are under way or in use at a time: one is filled while the other computes."""
+        staged = stage_all(self._made[unit], self._staging, lambda fqn: _ONE_GROUP)
+        on_devices = {name for one in staged for name in one.tensors}
+        rows = (row for row in self._rows[unit] if row.fqn not in on_devices)
+        return _Coming(self._reader.read(extent for row in rows for extent in extents_of(row)), staged)
 
     def _read_ahead(self, position: int, in_use_bytes: int = 0) -> None:
         """Begin to read the units from a position on, in a circle, as far as there is room."""
@@ -260,13 +293,17 @@ class Budget:
             in_use_bytes += self._n_bytes[unit]
             if in_use_bytes > self._window_bytes:
                 return
-            if unit not in self._tickets:
-                self._tickets[unit] = self._begin(unit)
+            if unit not in self._coming:
+                self._coming[unit] = self._begin(unit)
 
     def _give_up(self) -> None:
-        for ticket in self._tickets.values():
-            ticket.cancel()
-        self._tickets.clear()
+        _cancel(self._coming)
+        self._coming.clear()
+
+
+def _cancel(coming: Mapping[str, _Coming]) -> None:
+    for one in coming.values():
+        one.cancel()
 
 
 def _leave_reading_to_us(

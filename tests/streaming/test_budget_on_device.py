@@ -1,0 +1,121 @@
+"""A model larger than the memory of an accelerator, on the CPU implementation of the device interface."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastload
+from fastload.checkpoint import open_checkpoint
+from fastload.dtypes import from_torch
+from fastload.errors import BlockError
+from fastload.loader import fill_module
+from fastload.options import LoadOptions
+from fastload.reports import Stopwatch
+from fastload.storage.devices import CpuDevice
+from tests.cold import wait_for_no_threads
+from tests.conftest import same_bytes
+from tests.staging.devices import CountingDevice
+from tests.streaming.stacks import BLOCK_BYTES, N_BLOCKS, Stack, names_on_meta, on_meta, output
+
+REST_BYTES = 30_000
+N_STAYING = 2
+BUDGET_BYTES = REST_BYTES + (N_STAYING + 2) * BLOCK_BYTES
+
+
+def device_stack() -> Stack:
+    """A stack without a computed buffer, which torch would move to a device that is not there."""
+    model = on_meta()
+    del model.shift
+    model.register_buffer("shift", torch.full((64,), 0.5, device="meta"))
+    return model
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    state = {key: tensor.clone() for key, tensor in Stack().state_dict().items()}
+    save_file(state | {"shift": torch.full((64,), 0.5)}, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def load(path: Path, device: CpuDevice, **options: Any) -> Stack:
+    model = device_stack()
+    how = LoadOptions(device_map={"": "cuda:0"}, **options)
+    fill_module(model, open_checkpoint(path), how, source=str(path), clock=Stopwatch(), devices=lambda name: device)
+    return model
+
+
+def passing() -> set[str]:
+    blocks = [f"blocks.{number}." for number in range(N_STAYING, N_BLOCKS)]
+    return {name for name in device_stack().state_dict() if name.startswith(tuple(blocks))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as in the files", "cast"])
+def test_blocks_beyond_the_budget_come_for_each_forward(path: Path, dtype: torch.dtype) -> None:
+    ordinary = device_stack()
+    fastload.load_model(ordinary, path, dtype=dtype)
+    budget = BUDGET_BYTES * dtype.itemsize // 4
+    model = load(path, CountingDevice(), memory_budget_bytes=budget, dtype=from_torch(dtype))
+    for _ in range(3):
+        assert names_on_meta(model) == passing()
+        assert same_bytes(output(model), output(ordinary))
+
+
+def test_the_next_block_is_on_its_way_while_one_computes(path: Path) -> None:
+    device = CountingDevice()
+    model = load(path, device, memory_budget_bytes=BUDGET_BYTES)
+    seen: list[int] = []
+    for block in model.blocks:
+        # Registered behind the hook that brings the block.
+        block.register_forward_pre_hook(lambda module, args: seen.append(sum(device.allocated)))
+    before = sum(device.allocated)
+    output(model)
+    # Two blocks are under way from the load on; each that passes begins another, the last the first ones again.
+    began = [round((now - before) / BLOCK_BYTES) for now in seen]
+    assert began == [0] * (N_STAYING + 1) + list(range(1, N_BLOCKS - N_STAYING))
+
+
+def test_a_file_that_was_cut_is_an_error_that_names_the_block(path: Path) -> None:
+    model = load(path, CountingDevice(), memory_budget_bytes=BUDGET_BYTES)
+    output(model)
+    wait_for_no_threads()
+    whole = shutil.copy(path, path.with_suffix(".whole"))
+    os.truncate(path, 1000)
+    for _ in range(2):
+        with pytest.raises(BlockError) as caught:
+            for _ in range(2):  # the first blocks may have come before the cut
+                output(model)
+        assert caught.value.file == str(path)
+        assert str(caught.value.key).startswith("blocks.")
+    with path.open("r+b") as file:
+        file.write(Path(whole).read_bytes())
+    ordinary = device_stack()
+    fastload.load_model(ordinary, path)
+    assert same_bytes(output(model), output(ordinary))
+
+
+def test_a_model_that_is_dropped_ends_what_is_under_way(path: Path) -> None:
+    model = load(path, CountingDevice(), memory_budget_bytes=BUDGET_BYTES)
+    del model
+    wait_for_no_threads()
+
+
+def test_the_bytes_are_those_of_the_file(path: Path) -> None:
+    model = load(path, CountingDevice(), memory_budget_bytes=BUDGET_BYTES)
+    expected = load_file(path)
+    seen: dict[str, torch.Tensor] = {}
+    for number, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(
+            lambda module, args, number=number: seen.update(
+                {f"blocks.{number}.{name}": tensor.clone() for name, tensor in module.state_dict().items()}
+            )
+        )
+    output(model)
+    assert [name for name, tensor in seen.items() if not same_bytes(tensor, expected[name])] == []
