@@ -10,7 +10,16 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-__all__ = ["JobFailedError", "Worker", "finish", "run_job", "seconds_of_process", "started"]
+__all__ = [
+    "JobFailedError",
+    "Worker",
+    "finish",
+    "job_command",
+    "job_environment",
+    "run_job",
+    "seconds_of_process",
+    "started",
+]
 
 _BENCH = Path(__file__).resolve().parents[1]
 _STARTED = "FASTLOAD_BENCH_STARTED"
@@ -31,15 +40,24 @@ class JobFailedError(RuntimeError):
     """A job ended with an error, or without its line of JSON."""
 
 
+def job_command(job: str, *arguments: str) -> list[str]:
+    """The command that runs ``jobs/JOB.py`` in an interpreter as this one."""
+    return [sys.executable, str(_BENCH / "jobs" / f"{job}.py"), *arguments]
+
+
+def job_environment() -> dict[str, str]:
+    """The environment that all jobs run in: this checkout's fastload, local files, no progress bars."""
+    return os.environ | _SETTINGS
+
+
 def run_job(job: str, *arguments: str) -> dict[str, Any]:
     """Run ``jobs/JOB.py`` in a fresh interpreter and return what it passed to `finish`.
 
     The job's clock begins here, before the process is made: time.monotonic() is one clock for all processes of a
     machine.
     """
-    command = [sys.executable, str(_BENCH / "jobs" / f"{job}.py"), *arguments]
-    environment = os.environ | _SETTINGS | {_STARTED: repr(monotonic())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = job_environment() | {_STARTED: repr(monotonic())}
+    done = subprocess.run(job_command(job, *arguments), env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         raise JobFailedError(f"{job} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -51,9 +69,12 @@ class Worker:
     """A job that goes on step by step: it says something, a line of JSON, and waits until it is told to go on."""
 
     def __init__(self, job: str, *arguments: str) -> None:
-        command = [sys.executable, str(_BENCH / "jobs" / f"{job}.py"), *arguments]
         self._process = subprocess.Popen(
-            command, env=os.environ | _SETTINGS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            job_command(job, *arguments),
+            env=job_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.pid = self._process.pid
 
@@ -88,7 +109,7 @@ def finish(**measured: Any) -> None:
 
 def seconds_of_process(*arguments: str) -> float:
     """Wall time of ``python ARGUMENTS`` from before it is made until it has ended. It must end well."""
-    command, environment = [sys.executable, *arguments], os.environ | _SETTINGS
+    command, environment = [sys.executable, *arguments], job_environment()
     begun = monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     seconds = monotonic() - begun

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["render"]
+__all__ = ["aligned", "promise", "render"]
 
 
 def render(document: dict[str, Any], title: str) -> str:
@@ -16,10 +16,10 @@ def render(document: dict[str, Any], title: str) -> str:
     rounds = f"{document['rounds']} rounds"
     if document["disturbed_rounds"]:
         rounds += f", {document['disturbed_rounds']} of them while other processes ran"
-    lines = [f"{document['workload']}: {title} ({rounds})", *_aligned([header, *body])]
+    lines = [f"{document['workload']}: {title} ({rounds})", *aligned([header, *body])]
     if document["of_limit"] is not None:
         lines.append(f"  share of the limit: {document['of_limit']:.0%}")
-    return "\n".join([*lines, *(_promise(target) for target in document["targets"])])
+    return "\n".join([*lines, *(promise(target) for target in document["targets"])])
 
 
 def _cells(document: dict[str, Any], loader: str, others: list[str]) -> list[str]:
@@ -54,7 +54,8 @@ def _value(metric: str, value: float) -> str:
     return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
-def _promise(target: dict[str, Any]) -> str:
+def promise(target: dict[str, Any]) -> str:
+    """A target as a line: reached or missed, the figure, the bound."""
     word = "at most" if "at_most" in target else "at least"
     bound = target.get("at_most", target.get("at_least"))
     unit = target["unit"]
@@ -63,7 +64,8 @@ def _promise(target: dict[str, Any]) -> str:
     return f"  {verdict}: {target['what']} {figures}, promised {word} {bound:g} {unit}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  "

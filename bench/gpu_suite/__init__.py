@@ -1,0 +1,1 @@
+"""What ``bench/gpu.py`` is made of: steps in a time budget, carried out by processes of their own."""
