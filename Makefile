@@ -11,7 +11,7 @@ OLDEST := $(VENV)/oldest
 OLDEST_TRANSFORMERS := transformers==5.17.0
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test test-oldest conformance transformers-tests lint type bench clean
+.PHONY: demo test test-oldest conformance transformers-tests lint type bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/base: pyproject.toml .ci/constraints.txt
@@ -61,6 +61,10 @@ type: $(VENV)/dev
 
 bench: $(VENV)/dev  ## Side by side with transformers, in this run on this machine
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# With the Python at hand, which has torch for the GPU, and fastload from this folder: such a machine may have no network.
+bench-gpu:  ## One GPU, beside its limits and its peers, in under 8 minutes; ARGS="--output gpu.json" and others
+	$(PYTHON) bench/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache build dist *.egg-info

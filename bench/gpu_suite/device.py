@@ -24,10 +24,10 @@ class Device:
 
     def check(self) -> None:
         """NotHereError where torch has no such device."""
-        import torch
-
         if not self.is_gpu:
             return
+        import torch
+
         if not torch.cuda.is_available():
             raise NotHereError("torch finds no CUDA device (--device cpu --small runs the script's own logic)")
         index = torch.device(self.name).index or 0
@@ -37,10 +37,10 @@ class Device:
 
     def describe(self) -> dict[str, Any]:
         """Name, memory and the CUDA that torch was built with."""
-        import torch
-
         if not self.is_gpu:
             return {"device": "cpu"}
+        import torch
+
         properties = torch.cuda.get_device_properties(self.name)
         return {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
 
@@ -53,10 +53,10 @@ class Device:
 
     def clear(self) -> None:
         """Collect what is dead, give cached memory back, and forget the peak."""
-        import torch
-
         gc.collect()
         if self.is_gpu:
+            import torch
+
             torch.cuda.synchronize(self.name)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.name)

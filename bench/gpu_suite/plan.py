@@ -96,11 +96,11 @@ class Plan:
             asked = request(records)
             content = asked.pop("content", None)
             begun = monotonic()
-            self.workers.about(worker, left_s)  # imports are no part of it
+            about = self.workers.about(worker, left_s)  # imports are no part of it
             left_s -= monotonic() - begun
             timeout_s = min(left_s, max(_PATIENCE_S, _PATIENCE * estimate_s(records)))
             result = self.workers.ask(worker, asked, timeout_s)
-            return result if content is None else {"content": content, **result}
+            return result if content is None else {"content": content, "version": about["version"], **result}
 
         return Step(group=group, row=row, priority=priority, estimate_s=estimate_s, run=run)
 

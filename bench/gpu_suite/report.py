@@ -161,6 +161,7 @@ _LOADS: _Columns = {
     "host peak": _megabytes("host_peak_bytes"),
     "device peak": _megabytes("device_peak_bytes"),
     "cached": lambda result: f"{result['cached_share']:.0%}",
+    "version": lambda result: result["version"] or "",
 }
 _FORWARDS: _Columns = {
     "load": _median_s("load_s"),

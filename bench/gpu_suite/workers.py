@@ -51,6 +51,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
         )
+        self.pid = self._process.pid
         self._unread = b""
         self._about: dict[str, Any] = {}
 

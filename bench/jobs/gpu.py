@@ -50,7 +50,7 @@ def _prepare(loader: Loader | None, device: Device) -> dict[str, Any]:
         return {"machine": describe_machine(), "accelerator": device.describe()}
     loader.prepare(device)
     device.check()
-    return {"versions": describe_machine()["versions"]}
+    return {"version": describe_machine()["versions"].get(loader.package)}
 
 
 def _answer(request: dict[str, Any], loader: Loader | None, device: Device) -> dict[str, Any]:
