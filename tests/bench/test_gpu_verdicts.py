@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from gpu_suite.report import as_json, document, render
 from gpu_suite.schedule import Record
 from gpu_suite.verdicts import checked_contents, differences, targets
+from suite.machine import describe_machine
 
 
 def _records(results: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], Record]:
@@ -72,3 +75,29 @@ def test_bytes_that_differ_are_found_by_content() -> None:
     assert differences(_records(results)) == [
         "dense: fastload (dense warm) aa, fastload (cold) aa, safetensors (dense warm) bb"
     ]
+
+
+def test_a_failed_step_and_different_bytes_are_named_in_the_report_which_is_not_whole() -> None:
+    about = {"machine": describe_machine(), "accelerator": {"device": "cpu"}}
+    options = {"small": False}
+    load = {
+        "content": "dense",
+        "version": "1",
+        "n_bytes": 16,
+        "first_s": 1.0,
+        "seconds": [0.5],
+        "host_peak_bytes": 0,
+        "device_peak_bytes": 0,
+        "cached_share": 1.0,
+    }
+    records = _records({("dense warm", "fastload"): {**load, "digest": "aa"}})
+    assert document(records, about, options, 1)["is_whole"]
+    failed = Record(group="moe warm", row="fastload", status="failed", words="RequestFailedError: it died")
+    found = document(with_failure := {**records, ("moe warm", "fastload"): failed}, about, options, 1)
+    assert not found["is_whole"]
+    assert "failed: fastload: RequestFailedError: it died (moe warm)" in render(with_failure, found)
+    records["cold", "fastload"] = Record(group="cold", row="fastload", status="done", result={**load, "digest": "bb"})
+    found = document(records, about, options, 1)
+    assert not found["is_whole"]
+    assert "DIFFERENT BYTES: dense" in render(records, found)
+    assert json.loads(as_json(found))["differences"] == found["differences"]
