@@ -20,7 +20,7 @@ from types import TracebackType
 
 from fastload.errors import FormatError, SaveError, UnreadableFileError
 from fastload.sources.journal import JOURNAL_NAME, Journal, encode_journal, read_journal
-from fastload.storage.atomic import save_error, sync_folder
+from fastload.storage.atomic import CANNOT_SYNC, save_error, sync_folder
 from fastload.storage.writing import FileWriter
 
 __all__ = ["FolderCommit"]
@@ -28,8 +28,6 @@ __all__ = ["FolderCommit"]
 _TEMPORARY_PREFIX = ".fastload-tmp-"
 # A journal found in a folder may be anybody's: these are the only files it can have removed.
 _WEIGHTS = re.compile(r"(pytorch_)?model([.-].*)?\.(safetensors|bin)(\.index(\..+)?\.json)?", re.DOTALL)
-# Not every file system can sync, and one that cannot is no reason not to save.
-_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 class FolderCommit:
@@ -122,13 +120,15 @@ class FolderCommit:
         with self.file(JOURNAL_NAME) as writer:
             writer.write(encode_journal(journal).encode())
         try:
+            # The journal promises the files, so their names have to be on the disk before its own is.
+            self._sync_folder()
             os.replace(self._path_of_temporary(JOURNAL_NAME), os.path.join(self.folder, JOURNAL_NAME))
-            if self._sync:
-                sync_folder(self.folder)
+            self._sync_folder()
             return self._carry_out(journal)
         except OSError as error:
-            if not self._is_renaming:
+            if not self._is_renaming and self._retract():
                 raise save_error(self.folder, error, "be given its new files") from error
+            self._is_renaming = True
             raise SaveError(
                 f"the new checkpoint is complete, but part of it still has temporary names: {error.strerror}",
                 file=os.path.join(self.folder, error.filename or ""),
@@ -152,11 +152,16 @@ class FolderCommit:
                 # If not even one can be renamed, the old checkpoint is still whole.
                 self._is_renaming = not is_first
                 raise
-        if self._sync:
-            sync_folder(self.folder)
+        self._sync_folder()
         removed = tuple(name for name in journal.superseded if _unlink(os.path.join(self.folder, name)))
+        if removed:
+            self._sync_folder()  # without the journal, an old file that is still there would count
         _unlink(os.path.join(self.folder, JOURNAL_NAME))
         return removed
+
+    def _sync_folder(self) -> None:
+        if self._sync:
+            sync_folder(self.folder)
 
     def _recover(self) -> None:
         """Finish the save that was killed after its journal, and remove what others left before theirs."""
@@ -184,6 +189,14 @@ class FolderCommit:
 
     def _withdraw(self) -> None:
         """Remove what was written. The journal goes first: it must not promise files that are gone."""
+        if not self._retract():
+            return
+        for name in self._temporaries:
+            with contextlib.suppress(OSError):
+                _unlink(self._path_of_temporary(name))
+
+    def _retract(self) -> bool:
+        """Remove the journal of this save. False where it may still be there: then the new checkpoint counts."""
         try:
             journal = read_journal(self.folder)
             if journal is not None and journal.renames.items() <= self._temporaries.items():
@@ -191,10 +204,8 @@ class FolderCommit:
         except FormatError:
             pass  # an earlier save's
         except OSError:
-            return  # the journal may be there, so the files have to be
-        for name in self._temporaries:
-            with contextlib.suppress(OSError):
-                _unlink(self._path_of_temporary(name))
+            return False
+        return True
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -240,7 +251,7 @@ def _sync(writer: FileWriter) -> None:
     try:
         writer.sync()
     except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
+        if error.errno not in CANNOT_SYNC:
             raise
 
 

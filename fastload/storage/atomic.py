@@ -14,7 +14,7 @@ import secrets
 
 from fastload.errors import SaveError
 
-__all__ = ["create_temporary", "save_error", "sync_folder", "write_bytes", "write_text"]
+__all__ = ["CANNOT_SYNC", "create_temporary", "save_error", "sync_folder", "write_bytes", "write_text"]
 
 _FIXES = {
     errno.ENOSPC: "free space on that file system, or save elsewhere",
@@ -26,6 +26,9 @@ _FIXES = {
     errno.ENOTDIR: "a part of the path is a file: give a folder",
     errno.EISDIR: "a folder has the file's name: move it away, or save elsewhere",
 }
+
+#: Not every file system can sync, and one that cannot is no reason not to save.
+CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 
 def save_error(path: str | os.PathLike[str], error: OSError, doing: str = "be written") -> SaveError:
@@ -50,13 +53,21 @@ def create_temporary(folder: str | os.PathLike[str]) -> tuple[int, str]:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Ask for the renames in ``folder`` to survive a power failure. That a file system cannot is no error."""
-    with contextlib.suppress(OSError):
+    """Have the renames in ``folder`` survive a power failure. That a file system cannot is no error.
+
+    Nor is that the folder may be written to but not read. Raises OSError where the disk fails.
+    """
+    try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryview, *, sync: bool = True) -> None:
@@ -69,7 +80,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
             empty file.
 
     Raises:
-        SaveError: the operating system refused; whatever was at ``path`` is still there.
+        SaveError: the operating system refused; what is at ``path`` is what was there, or all of ``data``.
     """
     folder = os.path.dirname(os.fspath(path)) or os.curdir
     try:
@@ -85,10 +96,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+        if sync:
+            sync_folder(folder)
     except OSError as error:
         raise save_error(path, error) from error
-    if sync:
-        sync_folder(folder)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, sync: bool = True) -> None:
