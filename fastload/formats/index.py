@@ -22,6 +22,8 @@ __all__ = ["MAX_INDEX_BYTES", "ShardIndex", "checked_names", "encode_index", "re
 #: The largest indexes in use have some 100,000 keys and take 10 MB; a gigabyte is no index.
 MAX_INDEX_BYTES = 1 << 30
 
+_MAX_NAME_BYTES = 255  # NAME_MAX of every file system in use
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
@@ -181,9 +183,11 @@ def _name_problem(name: str) -> str | None:
     if posixpath.normpath(name) == "." or name.endswith("/"):
         return "names no file"
     try:
-        os.fsencode(name)
+        encoded = os.fsencode(name)
     except UnicodeEncodeError:
         return "is not text that a file name can be"
+    if any(len(part) > _MAX_NAME_BYTES for part in encoded.split(b"/")):
+        return "is longer than a file name can be"
     return None
 
 

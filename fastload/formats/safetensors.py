@@ -25,7 +25,7 @@ import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from math import prod
+from math import isinf, prod
 from operator import itemgetter, sub
 from typing import Any, NamedTuple, NoReturn
 
@@ -51,6 +51,10 @@ _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
 # torch counts elements in a signed 64-bit integer.
 _MAX_ELEMENTS = 2**63 - 1
+# Of an integer that a count can be; longer ones are read as floating point numbers, as the official reader does.
+_MAX_DIGITS = 20
+# Braces and brackets around each other, as the official reader counts them.
+_MAX_DEPTH = 127
 _CODES = {code: dtype for code, dtype in DTYPES.items() if code != "C128"}
 
 _USUAL_METADATA = re.compile(rf'\{{"{_METADATA}": ?')
@@ -94,7 +98,7 @@ def read_header(path: str) -> FileContents:
         HeaderError: the header breaks a rule of the format.
         UnknownDtypeError: a data type that the format does not have.
     """
-    raw, n_file_bytes = _read_raw(path)
+    raw, status = _read_raw(path)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -114,17 +118,17 @@ def read_header(path: str) -> FileContents:
         )
     metadata, columns = _parse_usual(path, text) or _parse_json(path, text)
     data_offset = _PREFIX_BYTES + len(raw)
-    columns = _checked_layout(path, columns, n_file_bytes - data_offset)
+    columns = _checked_layout(path, columns, status.st_size - data_offset)
     # tuple.__new__ makes a named tuple at a third of the price of calling its class.
     offsets = [data_offset + begin for begin in columns.begins]
     regions = map(tuple.__new__, repeat(Region), zip(repeat(path), offsets, columns.sizes, repeat(None), strict=False))
     rows = zip(columns.keys, columns.dtypes, columns.shapes, regions, repeat(None), strict=False)
     specs: tuple[TensorSpec, ...] = tuple(map(tuple.__new__, repeat(TensorSpec), rows))
-    return FileContents(specs, metadata, n_file_bytes)
+    return FileContents(specs, metadata, status.st_size, status.st_mtime_ns)
 
 
-def _read_raw(path: str) -> tuple[bytes, int]:
-    """The bytes of the header, and the size of the file."""
+def _read_raw(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of the header, and what the system says of the file."""
     try:
         # Opening a named pipe would otherwise wait for somebody to write to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -132,8 +136,8 @@ def _read_raw(path: str) -> tuple[bytes, int]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            n_header_bytes = _header_length(path, os.pread(descriptor, _PREFIX_BYTES, 0), status.st_size)
-            raw = os.pread(descriptor, n_header_bytes, _PREFIX_BYTES)
+            n_header_bytes = _header_length(path, _pread(descriptor, _PREFIX_BYTES, 0), status.st_size)
+            raw = _pread(descriptor, n_header_bytes, _PREFIX_BYTES)
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
@@ -144,7 +148,15 @@ def _read_raw(path: str) -> tuple[bytes, int]:
         raise TruncatedFileError(
             "the file was cut while its header was read", file=path, expected=n_header_bytes, found=len(raw)
         )
-    return raw, status.st_size
+    return raw, status
+
+
+def _pread(descriptor: int, n_bytes: int, offset_bytes: int) -> bytes:
+    """So many bytes, or fewer where the file ends. One call may give less than there is."""
+    data = os.pread(descriptor, n_bytes, offset_bytes)
+    while len(data) < n_bytes and (more := os.pread(descriptor, n_bytes - len(data), offset_bytes + len(data))):
+        data += more
+    return data
 
 
 def _header_length(path: str, prefix: bytes, n_file_bytes: int) -> int:
@@ -222,9 +234,8 @@ def _parse_json(path: str, text: str) -> tuple[dict[str, str], _Columns]:
     except json.JSONDecodeError as error:
         raise HeaderError("the header is not JSON", file=path, found=str(error)) from None
     except RecursionError:
-        raise HeaderError("the header is nested too deeply", file=path, expected="two levels") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise HeaderError("the header holds what no header needs", file=path, found=str(error)) from None
+        raise _too_deep(path) from None
+    _check_depth(path, header)
     if "\\u" in text:
         _check_surrogates(path, header)
     metadata = _checked_metadata(path, header.pop(_METADATA, None))
@@ -245,7 +256,7 @@ def _columns(rows: Sequence[tuple[str, DType, tuple[int, ...], int, int, int]]) 
 
 
 def _decoder(path: str) -> json.JSONDecoder:
-    """A decoder that refuses what Python's lets pass: names given twice, NaN."""
+    """A decoder that refuses what Python's lets pass: names given twice, NaN, numbers beyond a double."""
 
     def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
@@ -263,15 +274,40 @@ def _decoder(path: str) -> json.JSONDecoder:
     def refuse_constant(name: str) -> NoReturn:
         raise HeaderError("the header is not JSON", file=path, found=name)
 
-    return json.JSONDecoder(object_pairs_hook=to_object, parse_constant=refuse_constant)
+    def to_float(digits: str) -> float:
+        value = float(digits)
+        if isinf(value):
+            raise HeaderError("a number in the header is beyond any", file=path, found=f"{digits[:20]}...")
+        return value
+
+    def to_int(digits: str) -> int | float:
+        # -0 is no count, and not equal to one in every reader.
+        return int(digits) if len(digits) <= _MAX_DIGITS and digits != "-0" else to_float(digits)
+
+    return json.JSONDecoder(
+        object_pairs_hook=to_object, parse_constant=refuse_constant, parse_float=to_float, parse_int=to_int
+    )
+
+
+def _check_depth(path: str, header: dict[str, Any]) -> None:
+    """Refuse what is nested deeper than the official reader follows, be it in a field that no reader knows."""
+    level: list[Any] = [header]
+    for _ in range(_MAX_DEPTH):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise _too_deep(path)
+
+
+def _too_deep(path: str) -> HeaderError:
+    return HeaderError("the header is nested too deeply", file=path, expected=f"at most {_MAX_DEPTH} levels")
 
 
 def _check_surrogates(path: str, header: dict[str, Any]) -> None:
-    """Refuse an escaped half of a character in a key or a metadata text: it cannot be printed."""
-    metadata = header.get(_METADATA)
-    texts = [*header, *(metadata.items() if isinstance(metadata, dict) else ())]
+    """Refuse an escaped half of a character, wherever it is: it cannot be printed."""
     try:
-        json.dumps(texts, ensure_ascii=False).encode()
+        json.dumps(header, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         found = ascii(error.object[error.start : error.end])
         raise HeaderError("a text in the header is not Unicode", file=path, found=found) from None
@@ -295,7 +331,7 @@ def _checked_form(path: str, key: str, entry: dict[str, Any]) -> tuple[DType, tu
         dtype = from_code(code, file=path, key=key)  # type: ignore[arg-type]
     if not isinstance(counts, list) or not all(map(_is_count, counts)):
         _refuse(path, key, "the shape of a tensor is not a list of counts", "integers from 0 up", counts)
-    if prod(filter(None, counts)) > _MAX_ELEMENTS:
+    if _is_beyond_memory(counts):
         _refuse(path, key, "the shape of a tensor is beyond any memory", f"at most {_MAX_ELEMENTS}", counts)
     n_bits = prod(counts) * dtype.n_bits
     shape = tuple(counts)
@@ -308,6 +344,16 @@ def _checked_form(path: str, key: str, entry: dict[str, Any]) -> tuple[DType, tu
     if n_bits % 8:
         _refuse(path, key, f"a tensor of {dtype} does not end with a byte", "a shape that fills bytes", counts)
     return dtype, shape, n_bits // 8
+
+
+def _is_beyond_memory(counts: list[int]) -> bool:
+    """Whether the counts multiply to more than torch counts to, zeros aside. No further is multiplied."""
+    n_elements = 1
+    for count in filter(None, counts):
+        n_elements *= count
+        if n_elements > _MAX_ELEMENTS:
+            return True
+    return False
 
 
 def _is_count(value: object) -> bool:
@@ -325,7 +371,7 @@ def _checked_layout(path: str, columns: _Columns, n_data_bytes: int) -> _Columns
     ):
         for key, dtype, shape, size, begin, end in zip(*columns, strict=True):
             if end - begin != size:
-                needed = f"{size} bytes, for {dtype} {list(shape)}"
+                needed = f"{size} bytes, for {dtype} {_shortened(list(shape))}"
                 _refuse(path, key, "shape and data type do not give the length", needed, f"{end - begin} bytes")
             if begin != position:
                 problem = "overlaps another" if begin < position else "lies behind a hole"
@@ -353,9 +399,12 @@ def _checked_layout(path: str, columns: _Columns, n_data_bytes: int) -> _Columns
 
 
 def _refuse(path: str, key: str, problem: str, expected: str, found: object) -> NoReturn:
+    raise HeaderError(problem, file=path, key=key, expected=expected, found=_shortened(found))
+
+
+def _shortened(found: object) -> str:
     text = found if isinstance(found, str) else repr(found)
-    text = text if len(text) <= 120 else text[:117] + "..."
-    raise HeaderError(problem, file=path, key=key, expected=expected, found=text)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def encode_header(

@@ -103,6 +103,7 @@ def test_what_is_no_index_is_rejected(tmp_path: Path, content: object, message: 
         ("./", "names no file"),
         ("a/", "names no file"),
         ("\ud800", "is not text"),
+        ("a/" + "b" * 256, "is longer than a file name"),
     ],
 )
 def test_name_that_leaves_the_folder_is_rejected(tmp_path: Path, name: str, reason: str) -> None:

@@ -121,6 +121,7 @@ ACCEPTED = {
         + ',"y":{"dtype":"F32","shape":[0],"data_offsets":[2,2]}}',
         b"ab",
     ),
+    "a field nested deeply": (f'{{"a":{{"x":{"[" * 125}{"]" * 125},{ENTRY[1:]}}}', b"ab"),
     "six-bit floats": ('{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}', b"abc"),
 }
 
@@ -170,6 +171,11 @@ REFUSED: dict[str, tuple[str | bytes, bytes, type[FormatError]]] = {
     "negative shape": (entry(shape="[-2,-1]"), b"ab", HeaderError),
     "a shape with a hole": (entry(shape="[2,,1]"), b"ab", HeaderError),
     "a shape beyond 64 bits": (entry(shape=f"[{2**62},{2**62}]"), b"ab", HeaderError),
+    "a shape of minus zero": (entry(shape="[2,1]", offsets="[-0,2]"), b"ab", HeaderError),
+    "a field beyond a double": (f'{{"a":{{"x":1e999,{ENTRY[1:]}}}', b"ab", HeaderError),
+    "a field nested too deeply": (f'{{"a":{{"x":{"[" * 126}{"]" * 126},{ENTRY[1:]}}}', b"ab", HeaderError),
+    "half a character in a field": (f'{{"a":{{"x":"\\udc00",{ENTRY[1:]}}}', b"ab", HeaderError),
+    "a shape of a million dimensions": (entry(shape=f"[{'2,' * 1_000_000}2]"), b"ab", HeaderError),
     "a shape beyond 64 bits, with a zero": (entry(shape=f"[{2**62},{2**62},0]", offsets="[0,0]"), b"", HeaderError),
     "three offsets": (entry(offsets="[0,2,3]"), b"ab", HeaderError),
     "negative offsets": (entry(offsets="[-2,0]"), b"ab", HeaderError),
