@@ -51,10 +51,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = {}
         self._n_file_bytes: dict[str, int] = {}
+        self._modified_ns: dict[str, int | None] = {}
         self._open_files: dict[str, MappedFile] = {}
         for path in files.weights:
             contents = read_file(path)
             self._n_file_bytes[path] = contents.n_file_bytes
+            self._modified_ns[path] = contents.modified_ns
             self.metadata.update(contents.metadata)
             self._add(contents.specs, path, files.weight_map, tolerant)
         if not tolerant:
@@ -93,7 +95,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if file is None:
             from fastload.storage.mapping import MappedFile
 
-            file = self._open_files.setdefault(path, MappedFile(path, self._n_file_bytes[path]))
+            mapped = MappedFile(path, self._n_file_bytes[path], self._modified_ns[path])
+            file = self._open_files.setdefault(path, mapped)
         return file
 
     def read_ahead(self, *, in_file_order: bool = False) -> Prefetch | None:
@@ -109,6 +112,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def n_file_bytes(self, path: str) -> int:
         """Size of one of the files when its header was read."""
         return self._n_file_bytes[path]
+
+    def modified_ns(self, path: str) -> int | None:
+        """When one of the files was modified last, as it said when its header was read."""
+        return self._modified_ns[path]
 
     def _add(
         self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None, tolerant: bool

@@ -9,6 +9,7 @@
     +-- HubError (OSError)                    the model hub answered with a failure
     +-- FormatError                           the bytes of a file are not what its format promises
     |   +-- TruncatedFileError                the file ends before its contents do
+    |   +-- ChangedFileError                  the file became another one after its header was read
     |   +-- HeaderError                       a safetensors header breaks the format
     |   +-- IndexFileError                    a shard index names what is not there, or leaves its folder
     |   +-- UnknownDtypeError                 a data type fastload or this torch does not have
@@ -32,6 +33,7 @@ __all__ = [
     "AmbiguousCheckpointError",
     "ArchiveError",
     "BlockError",
+    "ChangedFileError",
     "CheckpointNotFoundError",
     "ConfigError",
     "DeviceMemoryError",
@@ -119,6 +121,10 @@ class FormatError(FastloadError):
 
 class TruncatedFileError(FormatError):
     """The file ends before its contents do, or was cut after it was opened."""
+
+
+class ChangedFileError(FormatError):
+    """The file was replaced or rewritten after its header was read, so that the header says nothing of its bytes."""
 
 
 class HeaderError(FormatError):

@@ -78,11 +78,14 @@ class FileContents(NamedTuple):
         specs: its tensors, in the order of the file's own listing.
         metadata: text kept beside them (safetensors ``__metadata__``); empty for other formats.
         n_file_bytes: size of the file when it was read.
+        modified_ns: when it was modified last, as it says (``st_mtime_ns``). With another size or time it is another
+            file, of which nothing of the above can be believed.
     """
 
     specs: tuple[TensorSpec, ...]
     metadata: dict[str, str]
     n_file_bytes: int
+    modified_ns: int | None = None
 
 
 @cache

@@ -66,7 +66,7 @@ def read_bin(path: str) -> FileContents:
         else:
             raise source.truncated("a torch file")
         state = _find_state(root, source.file)
-        return FileContents(_specs(state, storages, source), {}, source.n_bytes)
+        return FileContents(_specs(state, storages, source), {}, source.n_bytes, source.modified_ns)
 
 
 def _read_zip(source: Source) -> tuple[object, Storages]:

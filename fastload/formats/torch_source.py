@@ -15,11 +15,12 @@ __all__ = ["Source", "Storages", "open_source"]
 
 
 class Source(NamedTuple):
-    """An open file: its descriptor, its path for messages and regions, its size in bytes."""
+    """An open file: its descriptor, its path for messages and regions, its size in bytes, when it was modified."""
 
     fd: int
     file: str
     n_bytes: int
+    modified_ns: int
 
     def read(self, offset_bytes: int, n_bytes: int) -> bytes:
         """Exactly `n_bytes`; TruncatedFileError where the file has fewer, UnreadableFileError where reading fails.
@@ -85,7 +86,11 @@ def open_source(path: str) -> Iterator[Source]:
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error
     try:
-        yield Source(fd, file, os.fstat(fd).st_size)
+        try:
+            status = os.fstat(fd)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        yield Source(fd, file, status.st_size, status.st_mtime_ns)
     finally:
         os.close(fd)
 

@@ -28,10 +28,10 @@ from fastload.formats.specs import TensorSpec
 from fastload.hf.planning import WeightPlan
 from fastload.hf.renaming import Source
 from fastload.placement.cpu import place
-from fastload.placement.fused import place_fused
+from fastload.placement.fused import place_fused, remap
 from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
-from fastload.storage.mapping import MappedFile
+from fastload.storage.mapping import MappedFile, open_unchanged
 from fastload.storage.slabs import Slab
 
 __all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan", "uses_disk", "without_file"]
@@ -204,9 +204,11 @@ class DiskWeights(Mapping[str, torch.Tensor]):
 
     def _placed(self, row: PlanRow | FusedRow, apart: MappedFile | None) -> torch.Tensor:
         if isinstance(row, FusedRow):
-            destination = {} if row.action is Action.REMAP else {row.fqn: _fresh(row)}
             with self._real_names():
-                return place_fused(LoadPlan((), _NO_KEYS, fused=(row,)), self._open_file, destination)[0][row.fqn]
+                if row.action is Action.REMAP:
+                    return remap(row)[0]
+                plan, destination = LoadPlan((), _NO_KEYS, fused=(row,)), {row.fqn: _fresh(row)}
+                return place_fused(plan, self._open_file, destination)[0][row.fqn]
         if apart is not None:
             return apart.tensor(row.spec)
         tensor = place(LoadPlan((row,), _NO_KEYS), self._open_file, title=row.fqn)[row.fqn]
@@ -239,16 +241,16 @@ class DiskWeights(Mapping[str, torch.Tensor]):
                 for piece in row.spec.pieces:
                     file = piece.spec.region.file
                     if file not in paths:
-                        paths[file] = self._path_of_its_own(file)
+                        paths[file] = self._path_of_its_own(file, checkpoint)
                 self._rows[name] = _moved(row, paths)
                 continue
             specs += [piece.spec for piece in row.spec.pieces]
             self._rows[name] = row._replace(action=Action.GATHER)
         for path in {spec.region.file for spec in specs}:
-            self._files[path] = MappedFile(path, checkpoint.n_file_bytes(path))
+            self._files[path] = MappedFile(path, checkpoint.n_file_bytes(path), checkpoint.modified_ns(path))
 
-    def _path_of_its_own(self, path: str) -> str:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def _path_of_its_own(self, path: str, checkpoint: Checkpoint) -> str:
+        descriptor = open_unchanged(path, checkpoint.n_file_bytes(path), checkpoint.modified_ns(path))
         weakref.finalize(self, os.close, descriptor)
         own = f"{_DESCRIPTORS}/{descriptor}"
         self._real_name[own] = path

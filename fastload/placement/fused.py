@@ -14,7 +14,7 @@ from fastload.plan.rows import Action, FusedRow, LoadPlan
 from fastload.storage.mapping import MappedFile
 from fastload.storage.remapping import FilePiece, lay_out
 
-__all__ = ["place_fused"]
+__all__ = ["place_fused", "remap"]
 
 
 def place_fused(
@@ -35,14 +35,22 @@ def place_fused(
     n_mapped_bytes = 0
     for row in plan.fused:
         if row.action is Action.REMAP:
-            placed[row.fqn], n_bytes = _remap(row)
+            for piece in row.spec.pieces:
+                open_file(piece.spec.region.file)  # is it still the file whose header was read?
+            placed[row.fqn], n_bytes = remap(row)
             n_mapped_bytes += n_bytes
         else:
             placed[row.fqn] = _gather(row, open_file, existing.get(row.fqn))
     return placed, n_mapped_bytes
 
 
-def _remap(row: FusedRow) -> tuple[torch.Tensor, int]:
+def remap(row: FusedRow) -> tuple[torch.Tensor, int]:
+    """The tensor of a row whose pieces are pages laid side by side, and how many of its bytes are used where they lie.
+
+    Raises:
+        UnreadableFileError: a file cannot be opened, mapped or read.
+        TruncatedFileError: a file ends before its piece does.
+    """
     itemsize = row.dtype.itemsize
     pieces = []
     for piece in row.spec.pieces:

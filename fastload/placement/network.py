@@ -45,7 +45,7 @@ def read_apart(
     if not reasons:
         return plan, checkpoint.open_file
     stop_reading(reasons)
-    files = {file: ReadFile(file, checkpoint.n_file_bytes(file)) for file in reasons}
+    files = {file: ReadFile(file, checkpoint.n_file_bytes(file), checkpoint.modified_ns(file)) for file in reasons}
     for path, opened in files.items():
         opened.fill(row.spec for row in plan.rows if row.action is Action.MAP and row.spec.region.file == path)
     rows = tuple(_read_row(row, reasons) for row in plan.rows)

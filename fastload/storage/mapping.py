@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -24,11 +25,11 @@ import numpy as np
 import torch
 
 from fastload.dtypes import DType, to_torch
-from fastload.errors import TruncatedFileError, UnreadableFileError
+from fastload.errors import ChangedFileError, FormatError, TruncatedFileError, UnreadableFileError
 from fastload.formats.specs import Region, TensorSpec
 from fastload.storage.decoding import decode
 
-__all__ = ["MappedFile", "array_type", "is_mappable"]
+__all__ = ["MappedFile", "array_type", "is_mappable", "open_unchanged"]
 
 _PAGE = mmap.PAGESIZE
 
@@ -56,21 +57,18 @@ class MappedFile:
         path: the file.
         n_file_bytes: its size when its header was read. A file that has become shorter since is an error here;
             touching a page beyond its end would kill the process.
+        modified_ns: when it was modified last, as it said then; None not to compare that.
+
+    Raises:
+        UnreadableFileError: it cannot be opened or mapped.
+        TruncatedFileError: it has become shorter.
+        ChangedFileError: it has been modified, or another file has taken its place.
     """
 
-    def __init__(self, path: str, n_file_bytes: int) -> None:
+    def __init__(self, path: str, n_file_bytes: int, modified_ns: int | None = None) -> None:
         self.path = path
+        fd = open_unchanged(path, n_file_bytes, modified_ns)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UnreadableFileError(
-                "a weight file cannot be opened",
-                file=path,
-                found=error.strerror,
-                fix="check that it exists and may be read",
-            ) from error
-        try:
-            _check_size(path, n_file_bytes, os.fstat(fd).st_size)
             self._mmap = mmap.mmap(fd, n_file_bytes, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise UnreadableFileError("a weight file cannot be mapped", file=path, found=error.strerror) from error
@@ -174,6 +172,43 @@ def _check_size(path: str, expected: int, found: int) -> None:
             found=f"{found} bytes",
             fix="wait until whoever writes it is done, then load again",
         )
+
+
+def open_unchanged(path: str, n_file_bytes: int, modified_ns: int | None) -> int:
+    """A descriptor of a file that is as it was when its header was read. Arguments and errors as for `MappedFile`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise UnreadableFileError(
+            "a weight file cannot be opened",
+            file=path,
+            found=error.strerror,
+            fix="check that it exists and may be read",
+        ) from error
+    try:
+        _check_size(path, n_file_bytes, status.st_size)
+        if modified_ns not in (None, status.st_mtime_ns):
+            raise ChangedFileError(
+                "a weight file was replaced or rewritten after its header was read",
+                file=path,
+                expected=f"a file last modified at {_time(modified_ns)}",
+                found=f"one modified at {_time(status.st_mtime_ns)}",
+                fix="open the checkpoint again",
+            )
+    except FormatError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _time(modified_ns: int | None) -> str:
+    seconds, ns = divmod(modified_ns or 0, 10**9)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{ns:09d} UTC"
 
 
 def _repeated(numbers: list[int]) -> set[int]:

@@ -20,7 +20,7 @@ from fastload.dtypes import to_torch
 from fastload.errors import TruncatedFileError, UnreadableFileError
 from fastload.formats.specs import Region, TensorSpec
 from fastload.storage.decoding import decode
-from fastload.storage.mapping import MappedFile
+from fastload.storage.mapping import MappedFile, open_unchanged
 
 __all__ = ["ReadFile"]
 
@@ -41,23 +41,16 @@ class ReadFile(MappedFile):
     Args:
         path: the file.
         n_file_bytes: its size when its header was read. A file that has become shorter since is an error.
+        modified_ns: when it was modified last, as it said then; None not to compare that.
+
+    Raises:
+        UnreadableFileError, TruncatedFileError, ChangedFileError: as `MappedFile`.
     """
 
-    def __init__(self, path: str, n_file_bytes: int) -> None:
+    def __init__(self, path: str, n_file_bytes: int, modified_ns: int | None = None) -> None:
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UnreadableFileError(
-                "a weight file cannot be opened",
-                file=path,
-                found=error.strerror,
-                fix="check that it exists and may be read",
-            ) from error
+        self._descriptor = open_unchanged(path, n_file_bytes, modified_ns)
         weakref.finalize(self, os.close, self._descriptor)
-        size = os.fstat(self._descriptor).st_size
-        if size < n_file_bytes:
-            raise self._cut(n_file_bytes, size)
         self._held: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._lock = threading.Lock()
 

@@ -52,3 +52,14 @@ def test_save_that_loses_power_at_any_moment_leaves_the_old_or_the_new(
         assert result["new"] > 5, what
     with capsys.disabled():
         print(f"\npower failure: {sum(result['folders'] for result in results.values())} different folders: none lost")
+
+
+def test_save_to_a_full_or_read_only_disk_leaves_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = outcome_of("full", tmp_path)
+    if reason := results.get("refused"):
+        pytest.skip(reason)
+    for what, result in results.items():
+        assert result["problems"] == [], what
+        assert result["told"], what
+    with capsys.disabled():
+        print(f"\nfull and read-only tmpfs: {sum(result['told'] for result in results.values())} saves: none lost")
