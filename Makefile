@@ -11,7 +11,7 @@ OLDEST := $(VENV)/oldest
 OLDEST_TRANSFORMERS := transformers==5.17.0
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test test-oldest conformance transformers-tests lint type bench bench-gpu clean
+.PHONY: demo test test-oldest conformance transformers-tests fuzz lint type bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/base: pyproject.toml .ci/constraints.txt
@@ -32,6 +32,10 @@ $(OLDEST)/ready: $(VENV)/dev
 	$(OLDEST)/bin/python $(INSTALL) $(OLDEST_TRANSFORMERS)
 	touch $@
 
+$(VENV)/fuzz: $(VENV)/dev
+	$(PIP) --editable ".[fuzz]"
+	touch $@
+
 $(VENV)/upstream: $(VENV)/dev
 	$(PIP) parameterized
 	touch $@
@@ -50,6 +54,9 @@ conformance: $(VENV)/dev  ## fastload beside transformers on every model class t
 
 transformers-tests: $(VENV)/upstream  ## transformers' own checks, without and with fastload; ARGS="-k bert" for some
 	$(BIN)/python -m tests.upstream $(ARGS)
+
+fuzz: $(VENV)/fuzz  ## 1.2 million executions of the readers, guided by coverage; ARGS="torch_file --runs 1000000" for some
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/dev type  ## Style, import contracts and types
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ _MAX_DIRECTORY_BYTES: Final = 256 << 20
 _ENCRYPTED_OR_PATCHED: Final = 0x2061  # flag bits 0, 5, 6 and 13
 _SIZES_FOLLOW: Final = 0x0008  # sizes of the local header are zero, and given after the data
 _STORED, _DEFLATED = 0, 8
+_MAX_DEFLATE_RATIO: Final = 1032  # 258 bytes for two bits (RFC 1951); memory of the decoded size is asked for at once
 _ZIP64: Final = 0xFFFFFFFF
 # A window doubles while small entries go on: a lone bias between matrices does not cost a long read.
 _SMALLEST_WINDOW_BYTES, _LARGEST_WINDOW_BYTES = 4 << 10, 256 << 10
@@ -176,6 +177,8 @@ def read_directory(source: Source) -> Directory:
             raise _unusual(source, name, flags, method)
         if method == _STORED and n_encoded != n_decoded:
             raise _damaged(source, "an uncompressed entry has two sizes", name, n_decoded, n_encoded)
+        if method == _DEFLATED and n_decoded > _MAX_DEFLATE_RATIO * n_encoded:
+            raise _damaged(source, "an entry is larger than what is compressed can be", name, None, n_decoded)
         rows.append((header, name, method, crc32, n_encoded, n_decoded))
     if pos != n_bytes:
         raise _damaged(source, "its directory is longer than its entries")

@@ -8,7 +8,6 @@ the input is kept in the folder that is printed, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -102,5 +101,4 @@ def _quoted(word: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONHASHSEED", "0")
     sys.exit(main())

@@ -119,6 +119,9 @@ def _written(data_pkl: bytes) -> Iterator[tuple[str, bytes]]:
     yield "a compressed pickle that is damaged", deflated[: at + 5] + bytes(20) + deflated[at + 25 :]
     storage = _find(deflated, b"PK\1\2", 1)
     yield "a compressed storage that claims gigabytes", _changed(deflated, storage + 24, "<I", 1 << 31)
+    at = _find(deflated, b"PK\3\4", 1)
+    lied = _changed(_changed(deflated, at + 22, "<I", 1 << 31), storage + 24, "<I", 1 << 31)
+    yield "a compressed storage of gigabytes, in both headers", lied
     for name, entries in {
         "two pickles": ["archive/data.pkl", "other/data.pkl"],
         "no pickle": ["archive/data/0"],

@@ -6,11 +6,10 @@ import pickle
 import struct
 from collections.abc import Iterator
 
-__all__ = ["CANARY", "STORAGE_BYTES", "pickles"]
+__all__ = ["CANARY", "pickles", "tensor_of"]
 
 #: A pickle whose code runs would make this file in the folder it is run in.
 CANARY = "harmed"
-STORAGE_BYTES = 16
 
 _HEAD = b"\x80\x02"
 _DICT = b"ccollections\nOrderedDict\n"
@@ -46,6 +45,12 @@ _GOOD = _tensor(_int(4) + b"\x85", _int(1) + b"\x85")
 
 def _state(value: bytes) -> bytes:
     return _HEAD + b"}" + _text("w") + value + b"s."
+
+
+def tensor_of(n_elements: int) -> bytes:
+    """The pickle of a state dict with one vector of 32-bit floats. There is no harm in it."""
+    size = _int(n_elements) + b"\x85"
+    return _state(_tensor(size, _int(1) + b"\x85", storage=_storage(n_elements)))
 
 
 def _call(module: str, name: str, *arguments: bytes) -> bytes:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import os
 import resource
+import struct
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from fastload.errors import FastloadError
+from fastload.errors import ArchiveError, FastloadError
+from fastload.formats.torch_bin import read_bin
 from fastload.loader import load_state_dict
 from tests.hostile.archives import archive, archives, legacy
 from tests.hostile.headers import headers
 from tests.hostile.indexes import indexes
-from tests.hostile.pickles import CANARY, pickles
+from tests.hostile.pickles import CANARY, pickles, tensor_of
 
 _MAX_SECONDS = 1.0
 _MAX_BYTES = 64 << 20
@@ -95,3 +98,14 @@ def test_every_hostile_index_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         assert_refused(folder, what)
     with capsys.disabled():
         print(f"\nhostile indexes: {count} refused")
+
+
+def test_compressed_storage_beyond_what_can_be_compressed_is_refused_though_all_agree_on_it(tmp_path: Path) -> None:
+    n_elements = 2**29
+    data = bytearray(archive(tensor_of(n_elements), zipfile.ZIP_DEFLATED))
+    for signature, field in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        at = data.index(signature, data.index(signature) + 1)
+        struct.pack_into("<I", data, at + field, 4 * n_elements)
+    (tmp_path / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ArchiveError, match="larger than what is compressed can be"):
+        read_bin(str(tmp_path / "pytorch_model.bin"))
