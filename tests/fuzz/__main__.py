@@ -61,34 +61,36 @@ def _fuzz(target: str, n_runs: int, findings: Path, *, keep: bool) -> Outcome:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        grown, start, words = folder / "grown", folder / "start", folder / "words"
+        grown, valid, kept, words = (folder / name for name in ("grown", "valid", "kept", "words"))
         grown.mkdir()
-        start.mkdir()
-        for number, data in enumerate([*seeds(target), *read_corpus(target)]):
-            (start / str(number)).write_bytes(data)
+        for where, inputs in ((valid, seeds(target)), (kept, read_corpus(target))):
+            where.mkdir()
+            for number, data in enumerate(inputs):
+                (where / str(number)).write_bytes(data)
         words.write_text("".join(f'"{_quoted(word)}"\n' for word in WORDS))
         options = {
             "runs": n_runs,
             "max_len": _MAX_INPUT_BYTES,
+            "mutate_depth": 2,
             "timeout": 30,  # of the clock, for what hangs; running.py looks at the processor's time
             "rss_limit_mb": 1024,
             "dict": words,
             "print_final_stats": 1,
             "artifact_prefix": f"{findings}/{target}-",
         }
-        command = [sys.executable, "-m", "tests.fuzz.running", target]
+        command = [sys.executable, "-m", "tests.fuzz.running", target, str(valid)]
         command += [f"-{name}={value}" for name, value in options.items()]
         done = subprocess.run(
-            [*command, str(grown), str(start)], capture_output=True, text=True, errors="replace", check=False
+            [*command, str(grown), str(valid), str(kept)], capture_output=True, text=True, errors="replace", check=False
         )
         if keep and done.returncode == 0:
             write_corpus(target, [*read_corpus(target), *(path.read_bytes() for path in sorted(grown.iterdir()))])
     stats = {name: int(value) for name, value in re.findall(r"stat::(\w+):\s+(\d+)", done.stderr)}
     found = None
     if done.returncode:
-        kept = ", ".join(str(path) for path in findings.glob(f"{target}-*"))
-        error = re.search(r"=== Uncaught Python exception: ===\n(.*)", done.stderr)
-        found = f"{error[1] if error else done.stderr[-500:]} ({kept or 'no input kept'})"
+        inputs_kept = ", ".join(str(path) for path in findings.glob(f"{target}-*"))
+        error = re.search(r"=== Uncaught Python exception: ===\n(.*)", done.stdout + done.stderr)
+        found = f"{error[1] if error else done.stderr[-500:]} ({inputs_kept or 'no input kept'})"
     n_done = stats.get("number_of_executed_units", 0)
     if found is None and n_done < n_runs:
         found = f"it ended early: {done.stderr[-500:]}"
