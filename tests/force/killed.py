@@ -27,10 +27,12 @@ _CALLS = {name: form for name, form in CHANGES.items() if name != "close"}
 
 
 def combinations() -> Iterator[tuple[str | None, str]]:
-    """Every new checkpoint over every earlier one of another form, over one of its own form, and over nothing."""
-    for new in KINDS:
-        for earlier in (None, *KINDS):
-            yield earlier, new
+    """Every kind of checkpoint over one of its own kind, over the next two kinds, and the first over nothing."""
+    yield None, "safetensors"
+    kinds = list(KINDS)
+    for number, new in enumerate(kinds):
+        for step in range(3):
+            yield kinds[(number + step) % len(kinds)], new
 
 
 def killed_at(count: int) -> Callable[[int, Call], Fault | None]:

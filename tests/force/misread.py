@@ -120,9 +120,9 @@ def main() -> None:
     folder = os.path.realpath(sys.argv[1])
     kinds = make(folder)
     chosen = {
-        errno.EIO: ["3 safetensors", "2 bin", "legacy", "journal"],
+        errno.EIO: ["2 bin", "journal"],
         errno.EACCES: ["safetensors"],
-        errno.EMFILE: ["3 safetensors"],
+        errno.EMFILE: ["legacy"],
         errno.ENOMEM: ["bin"],
     }
     results = {

@@ -22,8 +22,9 @@ from tests.force.syscalls import CHANGES, READS, Call, Fault, refusal, run_trace
 
 _OLD, _NEW = 3, 4
 Saves = tuple[tuple[str, str], ...]
-_SOME: Saves = (("safetensors", "2 bin"), ("2 bin", "bin"))
-_OTHERS: Saves = (("3 safetensors", "safetensors"), ("bin", "3 safetensors"))
+_TO_BIN: Saves = (("2 bin", "safetensors"),)
+_TO_SAFETENSORS: Saves = (("3 safetensors", "2 bin"),)
+_SINGLE: Saves = (("safetensors", "3 safetensors"), ("bin", "2 bin"))
 # What a full disk refuses; what makes room goes on.
 _TAKES_ROOM = {"write", "writev", "pwritev", "pwrite64", "openat", "open", "mkdir", "fsync", "ftruncate", "fallocate"}
 _EVERYTHING = CHANGES | {name: form for name, form in READS.items() if name != "lseek"}
@@ -100,13 +101,18 @@ def _save(folder: str, kind: str) -> None:
 def main() -> None:
     folder = os.path.join(os.path.realpath(sys.argv[1]), "out")
     refused = refuse_everywhere
-    numbers = ((errno.ENOSPC, _OTHERS), (errno.EIO, _SOME), (errno.EDQUOT, _SOME), (errno.EACCES, _OTHERS))
+    numbers = (
+        (errno.ENOSPC, _TO_SAFETENSORS),
+        (errno.EIO, _SINGLE),
+        (errno.EDQUOT, _TO_BIN),
+        (errno.EACCES, _TO_SAFETENSORS),
+    )
     results = {f"{errno.errorcode[n]}, once": refused(folder, saves, once(n)) for n, saves in numbers}
-    results["ENOSPC, from then on"] = refused(folder, _SOME, from_then_on(errno.ENOSPC, _TAKES_ROOM))
-    results["EDQUOT, from then on"] = refused(folder, _OTHERS, from_then_on(errno.EDQUOT, _TAKES_ROOM))
-    results["EIO, of every change from then on"] = refused(folder, _OTHERS, from_then_on(errno.EIO, set(CHANGES)))
-    results["EIO, reading included, once"] = refused(folder, _SOME, once(errno.EIO), everything=True)
-    results["EINTR, once"] = refused(folder, _OTHERS, once(errno.EINTR))
+    results["ENOSPC, from then on"] = refused(folder, _TO_BIN, from_then_on(errno.ENOSPC, _TAKES_ROOM))
+    results["EDQUOT, from then on"] = refused(folder, _TO_SAFETENSORS, from_then_on(errno.EDQUOT, _TAKES_ROOM))
+    results["EIO, of every change from then on"] = refused(folder, _SINGLE, from_then_on(errno.EIO, set(CHANGES)))
+    results["EIO, reading included, once"] = refused(folder, _TO_SAFETENSORS, once(errno.EIO), everything=True)
+    results["EINTR, once"] = refused(folder, _TO_BIN, once(errno.EINTR))
     json.dump(results, sys.stdout)
 
 
