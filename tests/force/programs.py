@@ -10,18 +10,26 @@ from typing import Any
 
 import pytest
 
-from tests.force.syscalls import why_not
-
 __all__ = ["outcome_of"]
 
 _ROOT = Path(__file__).parents[2]
 
 
-def outcome_of(program: str, folder: Path) -> Any:
-    """What ``python -m tests.force.PROGRAM FOLDER`` prints. Skips, and says why, where calls cannot be traced."""
-    if reason := why_not():
+def outcome_of(program: str, folder: Path, *, traces: bool = True) -> Any:
+    """What ``python -m tests.force.PROGRAM FOLDER`` prints.
+
+    Args:
+        program: its name.
+        folder: where it works.
+        traces: it traces system calls. Where that cannot be done the test is skipped, with the reason.
+    """
+    if traces and (reason := _output_of("syscalls").strip()):
         pytest.skip(reason)
-    command = [sys.executable, "-m", f"tests.force.{program}", str(folder)]
+    return json.loads(_output_of(program, str(folder)))
+
+
+def _output_of(*arguments: str) -> str:
+    command = [sys.executable, "-m", f"tests.force.{arguments[0]}", *arguments[1:]]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout)
+    return done.stdout

@@ -307,3 +307,7 @@ def _cut_vector(thread: int, address: int, n_buffers: int, n_bytes: int) -> int:
                 return at + 1
             n_bytes -= length
     return n_buffers
+
+
+if __name__ == "__main__":
+    print(why_not() or "")

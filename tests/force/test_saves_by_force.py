@@ -55,7 +55,7 @@ def test_save_that_loses_power_at_any_moment_leaves_the_old_or_the_new(
 
 
 def test_save_to_a_full_or_read_only_disk_leaves_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = outcome_of("full", tmp_path)
+    results = outcome_of("full", tmp_path, traces=False)
     if reason := results.get("refused"):
         pytest.skip(reason)
     for what, result in results.items():
