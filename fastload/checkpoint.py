@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastload.errors import FormatError, IndexFileError
+from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.detection import read_file
 from fastload.formats.specs import TensorSpec
 from fastload.options import FileOptions, HubOptions
@@ -35,7 +36,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         specs: every tensor's description, by key, file by file in each file's own order.
         aliases: names that were dropped when equal tensors were stored once -> the key that was kept. They are not
             keys of the mapping; `load_state_dict` gives them back.
-        metadata: the text that safetensors files carry, of all files together.
+        metadata: the text that safetensors files carry, of all files together, without their checksums.
         notes: choices made when the files were looked for, or are read ahead.
 
     Args:
@@ -50,6 +51,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.notes = files.notes
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = {}
+        self._checksums = files.checksums
         self._n_file_bytes: dict[str, int] = {}
         self._modified_ns: dict[str, int | None] = {}
         self._open_files: dict[str, MappedFile] = {}
@@ -58,6 +60,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             self._n_file_bytes[path] = contents.n_file_bytes
             self._modified_ns[path] = contents.modified_ns
             self.metadata.update(contents.metadata)
+            self.metadata.pop(CHECKSUMS, None)  # they are the file's, not the checkpoint's
             self._add(contents.specs, path, files.weight_map, tolerant)
         if not tolerant:
             self._check_index(files)
@@ -108,6 +111,21 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if reading is not None:
             self.notes = (*self.notes, reading.note)
         return reading
+
+    def verify(self) -> None:
+        """Compare all bytes of the files with the checksums that were written with them.
+
+        Those are fastload's in safetensors headers and in the index; where there are none, the SHA-256 that is a file's
+        name in a download cache of the hub, or those of a .bin's entries.
+
+        Raises:
+            IntegrityError: they differ. File, key and the bytes of the file are told.
+            ArchiveError: an entry of a .bin is damaged.
+            OptionError: there is nothing to compare with.
+        """
+        from fastload.integrity import require_integrity
+
+        require_integrity(self.files, self._checksums)
 
     def n_file_bytes(self, path: str) -> int:
         """Size of one of the files when its header was read."""

@@ -2,6 +2,7 @@
 
     FastloadError
     +-- OptionError (ValueError)              an argument that cannot be meant
+    |   +-- SharedMemoryError (RuntimeError)  tensors for one file share memory, and the caller has to choose
     +-- ConfigError (ValueError)              config.json is missing, not JSON, or names nothing known
     +-- CheckpointNotFoundError (FileNotFoundError)   no weights, no shard, no folder, no such repository
     +-- AmbiguousCheckpointError              one folder, two checkpoints, and no rule that chooses
@@ -15,6 +16,7 @@
     |   +-- UnknownDtypeError                 a data type fastload or this torch does not have
     |   +-- UnsafePickleError                 a pickle asks for code, or for more than a state dict needs
     |   +-- ArchiveError                      the zip or tar around a pickle is damaged or lies
+    |   +-- IntegrityError                    bytes are not those that their checksum was made of
     +-- KeyMatchError                         keys of the checkpoint and of the model do not fit
     +-- IncompleteModelError                  a tensor would be left without a value
     +-- BlockError (OSError)                  weights that arrive while the model runs could not be read
@@ -43,10 +45,12 @@ __all__ = [
     "HubError",
     "IncompleteModelError",
     "IndexFileError",
+    "IntegrityError",
     "KeyMatchError",
     "MissingDependencyError",
     "OptionError",
     "SaveError",
+    "SharedMemoryError",
     "TruncatedFileError",
     "UnknownDtypeError",
     "UnreadableFileError",
@@ -93,6 +97,10 @@ class FastloadError(Exception):
 
 class OptionError(FastloadError, ValueError):
     """An argument has a value that cannot be meant, or two arguments contradict each other."""
+
+
+class SharedMemoryError(OptionError, RuntimeError):
+    """Tensors for `save_file` share memory. A RuntimeError too, which is what safetensors raises."""
 
 
 class ConfigError(FastloadError, ValueError):
@@ -145,6 +153,10 @@ class UnsafePickleError(FormatError):
 
 class ArchiveError(FormatError):
     """The zip or tar around a pickle is damaged, or its directory lies about its contents."""
+
+
+class IntegrityError(FormatError):
+    """A file's bytes are not those that its checksums, or its name in a download cache, were made of."""
 
 
 class KeyMatchError(FastloadError):

@@ -62,6 +62,7 @@ def load_state_dict(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     pinned_memory: int | str | None = None,
+    verify: bool = False,
     **where: Any,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by key.
@@ -72,20 +73,30 @@ def load_state_dict(
         dtype: type that floating point tensors are converted to; None keeps each one's own.
         pinned_memory: most host memory that is pinned to load to a CUDA device, as a number or "512MB"; None for
             268 MB. It is kept for the next load (see `free_pinned_memory`).
+        verify: first compare all bytes of the files with their checksums (see `Checkpoint.verify`).
         where: which files, as for `open_checkpoint`.
+
+    Raises:
+        IntegrityError: with ``verify``, bytes are not those that were written.
     """
     options = LoadOptions(dtype=parse_dtype(dtype), pinned_bytes=parse_pinned_memory(pinned_memory))
     with paused_collector():
-        return _state_dict(path, options, device, where)
+        return _state_dict(path, options, device, verify, where)
 
 
 def _state_dict(
-    path: str | os.PathLike[str], options: LoadOptions, device: str | torch.device, where: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    options: LoadOptions,
+    device: str | torch.device,
+    verify: bool,
+    where: Mapping[str, Any],
 ) -> dict[str, torch.Tensor]:
     # A function of its own, so that specs and plan are gone when the collector resumes, and it need not walk them.
     staging = Staging(device_for, options.pinned_bytes)
     checkpoint = open_checkpoint(path, **where)
     begin_pinning([str(device)], checkpoint.n_bytes, staging)
+    if verify:
+        checkpoint.verify()
     plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
     beside_a_device = has_staged_rows(plan, staging)
     if not beside_a_device:
@@ -111,6 +122,7 @@ def load_model(
     stream: bool = False,
     memory_budget: int | str | None = None,
     pinned_memory: int | str | None = None,
+    verify: bool = False,
     **where: Any,
 ) -> LoadReport:
     """Fill any module from a checkpoint.
@@ -133,10 +145,12 @@ def load_model(
         memory_budget: most bytes of weights to keep in memory, as a number or "4GB"; blocks beyond it are read for
             each forward, while the block before computes.
         pinned_memory: most host memory that is pinned to load to a CUDA device, as for `load_state_dict`.
+        verify: first compare all bytes of the files with their checksums (see `Checkpoint.verify`).
         where: which files, as for `open_checkpoint`.
 
     Raises:
         KeyMatchError: the keys do not fit.
+        IntegrityError: with ``verify``, bytes are not those that were written.
         IncompleteModelError: something would be left on meta.
     """
     clock = Stopwatch()
@@ -158,6 +172,9 @@ def load_model(
             begin_pinning(options.device_map.values(), checkpoint.n_bytes, Staging(device_for, options.pinned_bytes))
             if memory_budget is None:
                 checkpoint.read_ahead()
+        if verify:
+            with clock("verify"):
+                checkpoint.verify()
         rules = KeyRules(fusions=tuple(fusions))
         return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from fastload import dtypes
 from fastload.dtypes import DType
@@ -14,10 +14,18 @@ from fastload.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PINNED_BYTES", "FileOptions", "HubOptions", "LoadOptions"]
+__all__ = ["PINNED_BYTES", "Durability", "FileOptions", "HubOptions", "LoadOptions", "parse_durability"]
 
 PINNED_BYTES = 256 << 20
 """Pinned host memory for each accelerator of a load, unless the caller says otherwise."""
+
+Durability: TypeAlias = Literal["none", "data", "full"]
+"""What a save waits for, so that it outlives a power failure (a kill it outlives in any case).
+
+    none    nothing: the operating system writes when it likes
+    data    every file is on the disk before it takes the place of an older one
+    full    also the folder, so that the names are there too when the save returns
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +128,14 @@ def parse_dtype(dtype: str | torch.dtype | None) -> DType | None:
     if isinstance(dtype, str):
         return dtypes.from_name(dtype)
     return dtypes.from_torch(dtype)
+
+
+def parse_durability(durability: str) -> Durability:
+    """The value, if it is one. Raises OptionError."""
+    for known in get_args(Durability):
+        if durability == known:
+            return known  # type: ignore[no-any-return]
+    raise OptionError("not a durability", key="durability", expected="'none', 'data' or 'full'", found=repr(durability))
 
 
 def reject_unknown(caller: str, unknown: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastload import dtypes
 from fastload.errors import OptionError, SaveError, UnknownDtypeError
 from fastload.formats.index import encode_index
-from fastload.options import FileOptions
+from fastload.options import Durability, FileOptions, parse_durability
 from fastload.plan.sharding import parse_size, split_into_shards
 from fastload.sources.commit import FolderCommit
 from fastload.sources.names import candidates, shard_name
 from fastload.storage.sharing import byte_span
-from fastload.storage.writing import FileWriter
-from fastload.storing import Stored, Write, as_bin, as_safetensors
+from fastload.storing import Shard, Stored, as_bin, as_safetensors
 
 __all__ = ["SaveReport", "save_checkpoint", "save_state_dict"]
 
@@ -42,6 +41,7 @@ class SaveReport:
         n_bytes: bytes of their tensors; those that share memory count once.
         seconds: time it took.
         removed: names of files of an earlier save that are no part of this one.
+        kept: names of shards that an earlier save wrote, with the same tensors; they are not among ``files``.
     """
 
     folder: str
@@ -50,12 +50,14 @@ class SaveReport:
     n_bytes: int
     seconds: float
     removed: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
+        kept = f", kept {', '.join(self.kept)}" if self.kept else ""
         removed = f", removed {', '.join(self.removed)}" if self.removed else ""
         size = f"{self.n_tensors:,} tensors, {self.n_bytes / 1e6:,.1f} MB"
-        return f"saved {size} in {files} to {self.folder} in {self.seconds:.2f} s{removed}"
+        return f"saved {size} in {files} to {self.folder} in {self.seconds:.2f} s{kept}{removed}"
 
 
 def save_state_dict(
@@ -67,7 +69,8 @@ def save_state_dict(
     metadata: Mapping[str, str] | None = None,
     variant: str | None = None,
     progress: Callable[[int], None] | None = None,
-    sync: bool = True,
+    durability: Durability = "full",
+    incremental: bool = False,
 ) -> SaveReport:
     """Save tensors by key, without a config. Arguments and errors are those of ``save_checkpoint``."""
     return save_checkpoint(
@@ -78,7 +81,8 @@ def save_state_dict(
         metadata=metadata,
         variant=variant,
         progress=progress,
-        sync=sync,
+        durability=durability,
+        incremental=incremental,
     )
 
 
@@ -96,7 +100,8 @@ def save_checkpoint(
     n_parameters: int | None = None,
     deferred: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     progress: Callable[[int], None] | None = None,
-    sync: bool = True,
+    durability: Durability = "full",
+    incremental: bool = False,
 ) -> SaveReport:
     """Replace the checkpoint of a folder by this one.
 
@@ -120,8 +125,12 @@ def save_checkpoint(
         deferred: key of a tensor on the meta device -> what loads it, called when it is to be written, so that no
             more than one such tensor need be in memory (of a .bin, those of one shard).
         progress: called with the number of bytes whenever some were written.
-        sync: have the files on the disk before the old ones are given up, so that a power failure is as harmless
-            as a kill. False leaves that to the operating system.
+        durability: "full" has the files and their names on the disk when the save returns, so that a power failure is
+            as harmless as a kill; "data" has the files there before the old ones are given up, but leaves it to the
+            operating system when the names follow; "none" leaves all to it.
+        incremental: keep shards of the folder's earlier save that have the names, shapes and values to be written.
+            That is seen from the checksums in their headers: the tensors are read, the files are not (`fastload verify`
+            reads them). For safetensors.
 
     Raises:
         OptionError: an argument cannot be meant, or something in state_dict cannot be saved; all such are named.
@@ -135,6 +144,10 @@ def save_checkpoint(
     tensors = _collect(state_dict, deferred or {})
     if safe_serialization:
         content = as_safetensors(tensors, tied or {}, _texts(metadata or {}), deferred or {})
+    elif incremental:
+        raise OptionError(
+            "a .bin has no checksums to know it again by", fix="save as safetensors, or leave incremental out"
+        )
     elif metadata:
         raise OptionError("a .bin has no place for metadata", fix="save as safetensors, or leave metadata out")
     else:
@@ -143,28 +156,41 @@ def save_checkpoint(
     names = [shard_name(single, number, len(shards)) for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [single]
-    else:
-        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        n_elements = content.n_elements if n_parameters is None else n_parameters
-        index = encode_index(weight_map, n_elements, content.n_bytes)
-        small_files = {index_name: index.encode(), **small_files}
     # All that can be wrong with the tensors is told before the folder is touched.
-    writes = {name: content.prepare(keys) for name, keys in zip(names, shards, strict=True)}
-    writes |= {name: partial(_write_small, data) for name, data in small_files.items()}
+    files = {name: content.prepare(keys) for name, keys in zip(names, shards, strict=True)}
     # A torch.save in hand holds copies of its shard; what is on a device or yet to be loaded has its own order.
     in_parallel = safe_serialization and all(tensor.device.type == "cpu" for tensor in tensors.values())
+    n_writers = min(len(shards), _MAX_WRITERS) if in_parallel else 1
     tell = _Progress(progress)
-    with FolderCommit(os.path.abspath(folder), sync=sync, progress=tell) as commit:
-        _write_all(commit, writes, min(len(shards), _MAX_WRITERS) if in_parallel else 1, tell)
-        removed = commit.commit(name for name in commit.names() if _is_weights(name, variant))
+    with FolderCommit(os.path.abspath(folder), durability=parse_durability(durability), progress=tell) as commit:
+        written = _write_all(commit, files, n_writers, tell, incremental)
+        if len(shards) > 1:
+            weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+            n_elements = content.n_elements if n_parameters is None else n_parameters
+            checksums = {name: written[name].checksum for name in names if written[name].checksum}
+            index = encode_index(weight_map, n_elements, content.n_bytes, checksums)
+            small_files = {index_name: index.encode(), **small_files}
+        for name, data in small_files.items():
+            with commit.file(name) as writer:
+                writer.write(data)
+        kept = tuple(name for name in names if written[name].is_kept)
+        removed = commit.commit(name for name in commit.names() if _is_weights(name, variant) and name not in kept)
     return SaveReport(
         folder=os.fspath(folder),
-        files=tuple(writes),
+        files=(*(name for name in names if name not in kept), *small_files),
         n_tensors=len(content.sizes),
         n_bytes=content.n_bytes,
         seconds=time.perf_counter() - begin,
         removed=removed,
+        kept=kept,
     )
+
+
+class _Written(NamedTuple):
+    """What became of a shard: its checksum, and whether an earlier save had written it."""
+
+    checksum: str
+    is_kept: bool
 
 
 class _Progress:
@@ -183,23 +209,29 @@ class _Progress:
                 self._progress(n_bytes)
 
 
-def _write_all(commit: FolderCommit, writes: Mapping[str, Write], n_writers: int, progress: _Progress) -> None:
-    def write(name: str) -> None:
+def _write_all(
+    commit: FolderCommit, shards: Mapping[str, Shard], n_writers: int, progress: _Progress, incremental: bool
+) -> dict[str, _Written]:
+    def write(name: str) -> _Written:
+        found = shards[name].find(os.path.join(commit.folder, name)) if incremental else None
+        if found is not None:
+            commit.keep(name)
+            return _Written(found, is_kept=True)
         with commit.file(name) as writer:
-            writes[name](writer)
+            return _Written(shards[name].write(writer), is_kept=False)
 
     if n_writers == 1:
-        for name in writes:
-            write(name)
-        return
+        return {name: write(name) for name in shards}
     with ThreadPoolExecutor(n_writers, thread_name_prefix="fastload-save") as pool:
+        futures = {name: pool.submit(write, name) for name in shards}
         try:
-            for future in as_completed([pool.submit(write, name) for name in writes]):
+            for future in as_completed(futures.values()):
                 future.result()
         except BaseException:
             progress.is_abandoned = True
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return {name: future.result() for name, future in futures.items()}
 
 
 def _divide(content: Stored, max_shard_bytes: int, shards: Sequence[Sequence[str]] | None) -> list[list[str]]:
@@ -292,10 +324,6 @@ def _texts(metadata: Mapping[str, object]) -> dict[str, str]:
         others = [repr(item) for item in metadata.items() if item[0] not in texts]
         raise OptionError("metadata is text by name", expected="str for each str", found=", ".join(others))
     return texts
-
-
-def _write_small(data: bytes, writer: FileWriter) -> None:
-    writer.write(data)
 
 
 def _is_weights(name: str, variant: str | None) -> bool:

@@ -1,24 +1,43 @@
-"""What each format stores of a state dict: which names, in which order, and how a shard is written."""
+"""What each format stores of a state dict: which names, in which order, and how a shard is written.
+
+A safetensors shard carries checksums of its tensors in its header (see ``fastload.formats.checksums``). Tensors that are
+in memory as they will be in the file are hashed before the first byte is written, so that the file is written from its
+beginning to its end, as some mounts of object stores demand. What has to be loaded or copied for writing is hashed
+then, and the header, whose length is known, is written once more at the end.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TypeAlias, cast
+from itertools import islice
+from typing import IO, Protocol, TypeAlias, cast
 
 import torch
 
 from fastload import dtypes
 from fastload.errors import SaveError
+from fastload.formats.checksums import CHECKSUMS, blank_checksums, n_blocks, seal, unseal
 from fastload.formats.safetensors import encode_header
-from fastload.storage.sharing import find_clusters, identity, rehouse
+from fastload.storage.hashing import block_checksums
+from fastload.storage.sharing import Cluster, find_clusters, identity, rehouse
 from fastload.storage.writing import FileWriter, TorchSaveTarget, tensor_bytes
 
-__all__ = ["Stored", "Write", "as_bin", "as_safetensors"]
+__all__ = ["Shard", "Stored", "as_bin", "as_safetensors"]
 
 Deferred: TypeAlias = Mapping[str, Callable[[], torch.Tensor]]
-Write: TypeAlias = Callable[[FileWriter], None]
+
+
+class Shard(Protocol):
+    """One file of a checkpoint, laid out and checked, not yet written."""
+
+    def write(self, writer: FileWriter) -> str:
+        """Write the file. Returns the checksum that stands for all of it; "" where the format has none."""
+
+    def find(self, path: str) -> str | None:
+        """The checksum of the file at ``path`` if it is this shard already; None if it is not, or cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +48,13 @@ class Stored:
         sizes: key -> bytes; 0 for a tensor whose bytes count with another's.
         together: key -> group, of tensors that have to be in one shard.
         n_elements: elements of all tensors; those that share memory count once.
-        prepare: checks and lays out a shard of some of the keys; what it returns writes the shard.
+        prepare: checks and lays out a shard of some of the keys.
     """
 
     sizes: dict[str, int]
     together: dict[str, Hashable]
     n_elements: int
-    prepare: Callable[[Sequence[str]], Write]
+    prepare: Callable[[Sequence[str]], Shard]
 
     @property
     def n_bytes(self) -> int:
@@ -60,7 +79,8 @@ def as_safetensors(
         metadata: text to store beside ``{"format": "pt"}``.
         deferred: key of a tensor on the meta device -> what loads it.
     """
-    metadata = {"format": "pt", **metadata}
+    # The place of the checksums is taken, so that no tied name is noted there.
+    metadata = {"format": "pt", **metadata, CHECKSUMS: ""}
     groups: dict[Hashable, list[str]] = defaultdict(list)
     for key, tensor in tensors.items():
         groups[identity(tensor) or key].append(key)
@@ -71,18 +91,10 @@ def as_safetensors(
         dropped |= {key: kept for key in keys if key != kept and key not in metadata}
     stored = {key: tensor for key, tensor in tensors.items() if key not in dropped}
 
-    def prepare(keys: Sequence[str]) -> Write:
-        entries = [(key, dtypes.from_torch(stored[key].dtype), tuple(stored[key].shape)) for key in keys]
+    def prepare(keys: Sequence[str]) -> Shard:
         here = set(keys)
         notes = {key: kept for key, kept in dropped.items() if kept in here}
-        header, offsets = encode_header(entries, {**metadata, **notes})
-
-        def write(writer: FileWriter) -> None:
-            writer.write(header)
-            for key in offsets:
-                writer.write(tensor_bytes(_value(key, stored[key], deferred)))
-
-        return write
+        return _SafetensorsShard.of({key: stored[key] for key in keys}, {**metadata, **notes}, deferred)
 
     return Stored(
         sizes={key: tensor.numel() * tensor.element_size() for key, tensor in stored.items()},
@@ -108,31 +120,127 @@ def as_bin(tensors: Mapping[str, torch.Tensor], deferred: Deferred) -> Stored:
         n_elements += sizes[key] // tensor.element_size()
         counted.add(id(cluster))
 
-    def prepare(keys: Sequence[str]) -> Write:
-        def write(writer: FileWriter) -> None:
-            shard = dict.fromkeys(keys)
-            type_at: dict[int, torch.dtype] = {}
-            for cluster in {id(cluster_of[key]): cluster_of[key] for key in keys}.values():
-                members = [_value(key, tensors[key], deferred) for key in cluster.keys]
-                if cluster.keys[0] in deferred:
-                    # What was just loaded is found where it happens to lie.
-                    cluster = find_clusters({cluster.keys[0]: members[0]})[0]
-                dtype = members[0].dtype
-                housed = rehouse(cluster, members)
-                # torch.save refuses memory that is seen as two types.
-                if type_at.setdefault(housed[0].untyped_storage().data_ptr(), dtype) != dtype:
-                    housed = rehouse(cluster, members, copy=True)
-                shard.update(zip(cluster.keys, housed, strict=True))
-            target = TorchSaveTarget(writer)
-            try:
-                torch.save(shard, cast("IO[bytes]", target))
-            finally:
-                target.raise_failure()
-
-        return write
+    def prepare(keys: Sequence[str]) -> Shard:
+        return _BinShard(tensors, keys, [*{id(cluster_of[key]): cluster_of[key] for key in keys}.values()], deferred)
 
     together = {key: id(cluster) for key, cluster in cluster_of.items() if len(cluster.keys) > 1}
     return Stored(sizes, dict(together), n_elements, prepare)
+
+
+@dataclass(frozen=True, slots=True)
+class _SafetensorsShard:
+    """A safetensors file.
+
+    Attributes:
+        header: its first bytes, with zeros for the checksums.
+        tensors: in the order of the file.
+        deferred: as for ``as_safetensors``.
+    """
+
+    header: bytes
+    tensors: dict[str, torch.Tensor]
+    deferred: Deferred
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], deferred: Deferred
+    ) -> _SafetensorsShard:
+        entries = [(key, dtypes.from_torch(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
+        blank = blank_checksums(_n_bytes(tensor) for tensor in tensors.values())
+        header, offsets = encode_header(entries, {**metadata, CHECKSUMS: blank})
+        return cls(header, {key: tensors[key] for key in offsets}, deferred)
+
+    def write(self, writer: FileWriter) -> str:
+        late = [key for key, tensor in self.tensors.items() if not self._is_at_hand(key, tensor)]
+        blocks = self._blocks_at_hand()
+        header, whole = (self.header, "") if late else seal(self.header, _joined(self.tensors, blocks))
+        writer.write(header)
+        for key, tensor in self.tensors.items():
+            data = tensor_bytes(_value(key, tensor, self.deferred))
+            if key not in blocks:
+                blocks[key] = block_checksums([data])
+            writer.write(data)
+            del data  # before the next one is loaded
+        if late:
+            header, whole = seal(self.header, _joined(self.tensors, blocks))
+            writer.write_again(header)
+        return whole
+
+    def find(self, path: str) -> str | None:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                found = file.read(len(self.header))
+                n_bytes = len(self.header) + sum(map(_n_bytes, self.tensors.values()))
+                if os.fstat(file.fileno()).st_size != n_bytes:
+                    return None
+        except OSError:
+            return None
+        if unseal(found) != self.header:  # no need to look at values
+            return None
+        blocks = self._blocks_at_hand()
+        for key, tensor in self.tensors.items():
+            if key not in blocks:
+                blocks[key] = block_checksums([tensor_bytes(_value(key, tensor, self.deferred))])
+        header, whole = seal(self.header, _joined(self.tensors, blocks))
+        return whole if header == found else None
+
+    def _is_at_hand(self, key: str, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's bytes are in memory as they will be in the file."""
+        return key not in self.deferred and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+    def _blocks_at_hand(self) -> dict[str, list[str]]:
+        at_hand = {key: tensor for key, tensor in self.tensors.items() if self._is_at_hand(key, tensor)}
+        checksums = iter(block_checksums([tensor_bytes(tensor) for tensor in at_hand.values()]))
+        return {key: [*islice(checksums, n_blocks(_n_bytes(tensor)))] for key, tensor in at_hand.items()}
+
+
+def _joined(keys: Iterable[str], blocks: Mapping[str, Sequence[str]]) -> list[str]:
+    return [block for key in keys for block in blocks[key]]
+
+
+def _n_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class _BinShard:
+    """A .bin file. The zip that torch writes has checksums of its own.
+
+    Attributes:
+        tensors: those of all shards.
+        keys: the names in this one.
+        clusters: what holds them.
+        deferred: as for ``as_bin``.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    keys: Sequence[str]
+    clusters: Sequence[Cluster]
+    deferred: Deferred
+
+    def write(self, writer: FileWriter) -> str:
+        shard: dict[str, torch.Tensor | None] = dict.fromkeys(self.keys)
+        type_at: dict[int, torch.dtype] = {}
+        for cluster in self.clusters:
+            members = [_value(key, self.tensors[key], self.deferred) for key in cluster.keys]
+            if cluster.keys[0] in self.deferred:
+                # What was just loaded is found where it happens to lie.
+                cluster = find_clusters({cluster.keys[0]: members[0]})[0]
+            dtype = members[0].dtype
+            housed = rehouse(cluster, members)
+            # torch.save refuses memory that is seen as two types.
+            if type_at.setdefault(housed[0].untyped_storage().data_ptr(), dtype) != dtype:
+                housed = rehouse(cluster, members, copy=True)
+            shard.update(zip(cluster.keys, housed, strict=True))
+        target = TorchSaveTarget(writer)
+        try:
+            torch.save(shard, cast("IO[bytes]", target))
+        finally:
+            target.raise_failure()
+        return ""
+
+    def find(self, path: str) -> str | None:
+        return None
 
 
 def _value(key: str, tensor: torch.Tensor, deferred: Deferred) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +53,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def without_checksums(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a header or an index says beside the checksums, which there must be."""
+    rest = dict(metadata)
+    assert rest.pop("fastload.checksums")
+    return rest

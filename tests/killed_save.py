@@ -20,10 +20,10 @@ from fastload.loader import load_state_dict
 from fastload.saver import save_checkpoint
 from fastload.sources.journal import apply_view
 
-STEPS = ("open", "writev", "fsync", "replace", "unlink")
+STEPS = ("open", "writev", "pwrite", "fsync", "replace", "unlink")
 
 
-def save(folder: str, generation: int, as_safetensors: bool, *, sync: bool = False) -> None:
+def save(folder: str, generation: int, as_safetensors: bool, *, durability: str = "none") -> None:
     """A checkpoint whose every part tells its generation; each has another number of shards."""
     tensors = {f"{i}.weight": torch.full((100,), generation, dtype=torch.float32) for i in range(4)}
     save_checkpoint(
@@ -32,7 +32,7 @@ def save(folder: str, generation: int, as_safetensors: bool, *, sync: bool = Fal
         max_shard_size=(1600, 800, 400)[generation % 3],
         safe_serialization=as_safetensors,
         extra_files={"config.json": json.dumps({"generation": generation})},
-        sync=sync,
+        durability=durability,
     )
 
 
@@ -71,7 +71,7 @@ def run(folder: str, step: int, as_safetensors: bool) -> dict[str, Any]:
     if child == 0:
         os.fsync = lambda descriptor: None  # a kill, unlike a power failure, loses nothing that was written
         die_at(step)
-        save(folder, 2, as_safetensors, sync=True)
+        save(folder, 2, as_safetensors, durability="full")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     after_kill = generation_in(folder)

@@ -51,7 +51,7 @@ def main(library: str, sync: bool, folder: Path, out: Path) -> None:
 def _fastload(tensors: dict[str, torch.Tensor], out: Path, sync: bool) -> None:
     import fastload
 
-    fastload.save_state_dict(tensors, out, max_shard_size=_SHARD_BYTES, sync=sync)
+    fastload.save_state_dict(tensors, out, max_shard_size=_SHARD_BYTES, durability="full" if sync else "none")
 
 
 def _safetensors(tensors: dict[str, torch.Tensor], out: Path, sync: bool) -> None:

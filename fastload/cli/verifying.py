@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 
 from fastload.checkpoint import Checkpoint
@@ -13,7 +11,6 @@ from fastload.cli.arguments import Where
 from fastload.cli.native import native_class, plan_native
 from fastload.cli.output import print_json, print_line
 from fastload.errors import (
-    ArchiveError,
     FastloadError,
     KeyMatchError,
     OptionError,
@@ -21,6 +18,7 @@ from fastload.errors import (
     UnreadableFileError,
 )
 from fastload.formats.detection import read_file
+from fastload.integrity import compare_with_archive, compare_with_checksums, compare_with_hub_name
 from fastload.progress import Progress
 from fastload.reports import collapse_keys, format_bytes
 from fastload.sources.local import CheckpointFiles
@@ -62,30 +60,27 @@ def _check_files(files: CheckpointFiles, problems: list[FastloadError]) -> Itera
     with Progress("reading", sum(map(os.path.getsize, files.weights))) as progress:
         for path in files.weights:
             try:
-                yield _check_file(path, progress)
+                yield _check_file(path, files.checksums.get(path), progress)
             except FastloadError as problem:  # noqa: PERF203  a file takes longer than a try
                 problems.append(problem)
 
 
-def _check_file(path: str, progress: Progress) -> str:
+def _check_file(path: str, header: str | None, progress: Progress) -> str:
     contents = read_file(path)
-    n_bytes = 0
-    for n_read in _read_through(path):
-        n_bytes += n_read
-        progress.advance(n_read)
-    if n_bytes < contents.n_file_bytes:
-        raise TruncatedFileError(
-            "a file was cut while it was read",
-            file=path,
-            expected=f"{contents.n_file_bytes:,} bytes",
-            found=f"{n_bytes:,}",
-            fix="wait until whoever writes it is done, then verify again",
-        )
-    _check_archive(path)
-    return f"{os.path.basename(path)}: {len(contents.specs):,} tensors, {format_bytes(n_bytes)} read"
+    ways = {
+        "checksums": compare_with_checksums(path, header, progress.advance),
+        "SHA-256 of the hub": compare_with_hub_name(path, progress.advance),
+        "CRC-32": compare_with_archive(path, progress.advance),
+    }
+    compared = " and ".join(way for way, is_compared in ways.items() if is_compared)
+    if not compared:
+        _read_through(path, contents.n_file_bytes, progress)
+    n_tensors, size = len(contents.specs), format_bytes(contents.n_file_bytes)
+    done = f"compared with {compared}" if compared else "read; it has no checksums to be compared with"
+    return f"{os.path.basename(path)}: {n_tensors:,} tensors, {size} {done}"
 
 
-def _read_through(path: str) -> Iterator[int]:
+def _read_through(path: str, n_file_bytes: int, progress: Progress) -> None:
     """Read a file from end to end. Read and not mapped, because there an error of the disk ends the process."""
     buffer = bytearray(_CHUNK_BYTES)
     n_read = 0
@@ -93,7 +88,7 @@ def _read_through(path: str) -> Iterator[int]:
         with open(path, "rb", buffering=0) as file:
             while n_bytes := file.readinto(buffer):
                 n_read += n_bytes
-                yield n_bytes
+                progress.advance(n_bytes)
     except OSError as error:
         raise UnreadableFileError(
             "a file could not be read to its end",
@@ -101,26 +96,14 @@ def _read_through(path: str) -> Iterator[int]:
             found=f"{error.strerror}, after {n_read:,} bytes",
             fix="fetch the file again, and look at the health of the disk",
         ) from error
-
-
-def _check_archive(path: str) -> None:
-    """Compare the entries of a .bin that is a zip with their checksums, which no load takes the time for."""
-    if path.endswith(".safetensors") or not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # A checksum of zero is none: torch can be told to leave it out.
-            for entry in (entry for entry in archive.infolist() if entry.CRC):
-                with archive.open(entry) as contents:
-                    while contents.read(_CHUNK_BYTES):
-                        pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ArchiveError(
-            "an entry of the archive is damaged",
+    if n_read < n_file_bytes:
+        raise TruncatedFileError(
+            "a file was cut while it was read",
             file=path,
-            found=str(error),
-            fix="fetch or save the file again",
-        ) from error
+            expected=f"{n_file_bytes:,} bytes",
+            found=f"{n_read:,}",
+            fix="wait until whoever writes it is done, then verify again",
+        )
 
 
 def _check_contents(checkpoint: Checkpoint, where: Where) -> Iterator[str]:

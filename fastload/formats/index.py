@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastload.errors import IndexFileError, UnreadableFileError
+from fastload.formats.checksums import CHECKSUMS
 
 __all__ = ["MAX_INDEX_BYTES", "ShardIndex", "checked_names", "encode_index", "read_index"]
 
@@ -36,6 +37,12 @@ class ShardIndex:
 
     weight_map: dict[str, str]
     metadata: dict[str, Any]
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """File name -> checksum of its header, where the index has them."""
+        found = self.metadata.get(CHECKSUMS)
+        return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -75,15 +82,23 @@ def read_index(path: str | os.PathLike[str]) -> ShardIndex:
     return ShardIndex({key: names[name] for key, name in weight_map.items()}, metadata or {})
 
 
-def encode_index(weight_map: Mapping[str, str], total_parameters: int, total_size: int) -> str:
-    """The text of an index file, the same bytes as transformers writes.
+def encode_index(
+    weight_map: Mapping[str, str],
+    total_parameters: int,
+    total_size: int,
+    checksums: Mapping[str, str] | None = None,
+) -> str:
+    """The text of an index file, the same bytes as transformers writes but for the checksums.
 
     Args:
         weight_map: key -> file name.
         total_parameters: number of elements of all tensors.
         total_size: number of bytes of all tensors.
+        checksums: file name -> checksum of its header, which stands for the file (see ``fastload.formats.checksums``).
     """
-    metadata = {"total_parameters": total_parameters, "total_size": total_size}
+    metadata: dict[str, object] = {"total_parameters": total_parameters, "total_size": total_size}
+    if checksums:
+        metadata[CHECKSUMS] = dict(checksums)
     index = {"metadata": metadata, "weight_map": dict(weight_map)}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -47,12 +47,14 @@ class _Load:
 
     Attributes:
         how: what was asked of fastload alone.
+        verify: compare the files' bytes with their checksums.
         rebuild: builds the model again as it was built for this load.
         begin: lets weights arrive that come after the load; None until fastload has placed the others.
         disk: what stays on disk.
     """
 
     how: LoadOptions
+    verify: bool = False
     rebuild: Callable[[], Any] | None = None
     begin: Callable[[], object] | None = None
     disk: DiskWeights | None = None
@@ -100,6 +102,10 @@ class Loading:
         count_load(reason)
         current = _CURRENT.get()
         if reason:
+            if current is not None and current.verify:
+                raise OptionError(
+                    "files are not verified where transformers places weights", found=reason, fix="leave out verify"
+                )
             if current is not None and (current.how.is_deferred or current.how.memory_budget_bytes is not None):
                 raise OptionError(
                     "weights cannot arrive later where transformers places them",
@@ -110,7 +116,8 @@ class Loading:
         # As in transformers, whose threads know nothing of the caller's mode: what is made in it can never be trained.
         with torch.inference_mode(False):
             how = LoadOptions() if current is None else current.how
-            info, disk, begin = place_weights(model, state_dict, checkpoint_files, load_config, how)
+            verify = current is not None and current.verify
+            info, disk, begin = place_weights(model, state_dict, checkpoint_files, load_config, how, verify=verify)
         if current is not None:
             current.disk, current.begin = disk, begin
         return info, None if disk is None else disk.index
@@ -149,7 +156,8 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     Args:
         from_pretrained: bound to that class.
         args, kwargs: the caller's. Fastload's own among them are ``strict`` (KeyMatchError where keys do not fit),
-            ``lazy``, ``stream``, ``memory_budget`` and ``pinned_memory`` (see `PretrainedLoading.from_pretrained`).
+            ``verify``, ``lazy``, ``stream``, ``memory_budget`` and ``pinned_memory`` (see
+            `PretrainedLoading.from_pretrained`).
     """
     options = dict(kwargs)
     budget = options.pop("memory_budget", None)
@@ -160,7 +168,7 @@ def load(from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         memory_budget_bytes=parse_memory_budget(budget),
         pinned_bytes=parse_pinned_memory(options.pop("pinned_memory", None)),
     )
-    current = _Load(how)
+    current = _Load(how, verify=bool(options.pop("verify", False)))
     read_ahead_for(args, kwargs)
     token = _CURRENT.set(current)
     try:

@@ -18,6 +18,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
 from fastload.errors import OptionError
+from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.specs import TensorSpec
 from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk, without_file
 from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
@@ -76,6 +77,8 @@ def place_weights(
     files: Sequence[str] | None,
     asked: Any,
     how: LoadOptions,
+    *,
+    verify: bool = False,
 ) -> tuple[LoadStateDictInfo, DiskWeights | None, Callable[[], object]]:
     """Fill a model built on meta, as `PreTrainedModel._load_pretrained_model` does.
 
@@ -85,6 +88,7 @@ def place_weights(
         files: paths of the weight files.
         asked: transformers' LoadStateDictConfig of this load.
         how: what was asked of fastload alone: weights that arrive later.
+        verify: first compare all bytes of the files with their checksums (see `Checkpoint.verify`).
 
     Returns:
         transformers' account of the keys; what stays on disk, if there is a device map that says so; and what lets
@@ -99,6 +103,9 @@ def place_weights(
         opened = _open(state_dict, files, asked.sharded_metadata, how)
         if opened.checkpoint is not None and how.memory_budget_bytes is None:
             opened.checkpoint.read_ahead()
+    if verify:
+        with clock("verify"):
+            _verify(opened)
     with clock("plan"):
         modules = walk_modules(model)
         wanted = _state_of(model, modules)
@@ -129,6 +136,12 @@ def place_weights(
     report = _report(asked, opened, info, done, n_tensors, clock, before_bytes)
     remember_report(model, report if disk is None else replace(report, notes=(*report.notes, *disk.notes)))
     return info, disk, partial(arrivals.begin, model, done.open_file, done.staging)
+
+
+def _verify(opened: _Opened) -> None:
+    if opened.checkpoint is None:
+        raise OptionError("a state dict that is in memory has no checksums", fix="leave out verify")
+    opened.checkpoint.verify()
 
 
 def _report(
@@ -198,7 +211,7 @@ def _open(
         given = GivenTensors(state_dict)
         return _Opened(given.specs, lambda path: given, None, given.others)
     assert files is not None
-    checkpoint = open_files(files, index and index.get("weight_map"))
+    checkpoint = open_files(files, index and index.get("weight_map"), (index or {}).get(CHECKSUMS))
     return _Opened(checkpoint.specs, checkpoint.open_file, checkpoint)
 
 

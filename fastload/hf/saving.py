@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from fastload.errors import SaveError
 from fastload.hf.counting import count_save
 from fastload.hf.versions import unsupported_reason
+from fastload.options import Durability
 from fastload.plan.sharding import parse_size
 from fastload.saver import SaveReport, save_checkpoint
 
@@ -48,6 +49,8 @@ class Options:
     save_original_format: bool = True
     distributed_checkpoint: bool = False
     safe_serialization: bool = True
+    durability: Durability = "full"
+    incremental: bool = False
 
     def given(self) -> dict[str, Any]:
         """Those that are not the default."""
@@ -69,6 +72,8 @@ def save_pretrained(
     distributed_checkpoint: bool = False,
     safe_serialization: bool = True,
     *,
+    durability: Durability = "full",
+    incremental: bool = False,
     stock: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> SaveReport | None:
@@ -93,6 +98,8 @@ def save_pretrained(
             those that the model came from.
         distributed_checkpoint: each process writes its part; left to transformers.
         safe_serialization: True for safetensors, False for ``.bin`` (which transformers 5 itself no longer writes).
+        durability: "none", "data" or "full": what of it shall outlive a power failure (see ``save_state_dict``).
+        incremental: keep shards of the folder's earlier save that have the same tensors (see ``save_state_dict``).
         stock: the ``save_pretrained`` of PreTrainedModel in whose place this is called, also by ``super()`` of a class
             with one of its own. Without it, such a class is asked to save itself.
 
@@ -117,6 +124,8 @@ def save_pretrained(
         save_original_format,
         distributed_checkpoint,
         safe_serialization,
+        durability,
+        incremental,
     )
     if stock is None:
         stock = inspect.unwrap(PreTrainedModel.save_pretrained)
@@ -182,6 +191,8 @@ def _hand_over(
     given = options.given()
     if not given.pop("safe_serialization", True):
         _LOG.warning("%s is saved by transformers (%s), which writes no .bin: safetensors", folder, reason)
+    if own := [name for name in ("durability", "incremental") if given.pop(name, None) is not None]:
+        _LOG.warning("%s is saved by transformers (%s), which knows no %s", folder, reason, " and no ".join(own))
     stock(model, folder, **given, **kwargs)
 
 
@@ -229,6 +240,8 @@ def _save_tensors(
         shards=contents.shards if options.safe_serialization else None,
         n_parameters=model.num_parameters(),
         deferred=contents.offloaded,
+        durability=options.durability,
+        incremental=options.incremental,
     )
 
 

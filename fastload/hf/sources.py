@@ -19,24 +19,28 @@ from fastload.storage.mapping import MappedFile
 __all__ = ["GivenTensors", "open_files"]
 
 
-def open_files(files: Sequence[str], weight_map: Mapping[str, str] | None) -> Checkpoint:
+def open_files(
+    files: Sequence[str], weight_map: Mapping[str, str] | None, checksums: Mapping[str, str] | None = None
+) -> Checkpoint:
     """The files that transformers resolved, opened as one checkpoint.
 
     Args:
         files: paths; those of the index first, in the order of their names, then others.
         weight_map: key -> name of its file, where there is an index.
+        checksums: name of a file -> checksum of its header, where the index has them.
 
     Raises:
         IndexFileError: the index leaves its folder. transformers follows it wherever it leads.
         FormatError: a file is not what it should be.
     """
-    owners = None
+    owners, headers = None, {}
     if weight_map is not None:
         names = checked_names(dict(weight_map), os.path.dirname(files[0]))
         path_of = dict(zip(sorted(names), files, strict=False))
         owners = {key: path_of[name] for key, name in weight_map.items()}
+        headers = {path_of[name]: value for name, value in (checksums or {}).items() if name in path_of}
     form: FileFormat = "safetensors" if files[0].endswith(".safetensors") else "bin"
-    found = CheckpointFiles(os.path.dirname(files[0]), form, tuple(files), weight_map=owners)
+    found = CheckpointFiles(os.path.dirname(files[0]), form, tuple(files), weight_map=owners, checksums=headers)
     return Checkpoint(found, tolerant=True)
 
 

@@ -19,7 +19,7 @@ from fastload.loader import fill_module, parse_pinned_memory
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton
-from fastload.options import FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
+from fastload.options import Durability, FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
 from fastload.pauses import paused_collector
 from fastload.placement.device import Staging, begin_pinning
 from fastload.placement.device_map import DeviceMapArgument, dispatch, named_devices, resolve_device_map
@@ -79,6 +79,7 @@ class PretrainedLoading:
         stream: bool = False,
         memory_budget: int | str | None = None,
         pinned_memory: int | str | None = None,
+        verify: bool = False,
         **config_fields: Any,
     ) -> Any:
         """Build the model from its config and fill it with trained weights.
@@ -110,6 +111,7 @@ class PretrainedLoading:
             memory_budget: most bytes of weights to keep in memory, as a number, "4GB", or "auto" for what is free.
                 What is beyond is read for each forward. ``device_map="auto", max_memory={"cpu": "4GB"}`` says so too.
             pinned_memory: most host memory that is pinned to load to a CUDA device, as a number or "512MB".
+            verify: first compare all bytes of the weight files with their checksums (see `Checkpoint.verify`).
             config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
                 constructor.
 
@@ -138,6 +140,9 @@ class PretrainedLoading:
                 begin_pinning(named_devices(device_map), checkpoint.n_bytes, Staging(device_for, pinned_bytes))
                 config.dtype = _choose_dtype(dtype if torch_dtype is None else torch_dtype, config, checkpoint)
                 config.attn_implementation = attn_implementation or config.attn_implementation
+            if verify:
+                with clock("verify"):
+                    checkpoint.verify()
             with clock("skeleton"):
                 with skeleton():
                     model: Any = cls(config, *model_args, **model_options)  # type: ignore[call-arg]
@@ -184,6 +189,8 @@ class PretrainedLoading:
         variant: str | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         is_main_process: bool = True,
+        durability: Durability = "full",
+        incremental: bool = False,
     ) -> SaveReport | None:
         """Write config.json and the weights, so that from_pretrained and transformers read them.
 
@@ -197,6 +204,8 @@ class PretrainedLoading:
             variant: the ``fp16`` of ``model.fp16.safetensors``.
             state_dict: tensors to save in place of the model's own.
             is_main_process: False does nothing, for all ranks but one of a distributed program.
+            durability: "none", "data" or "full": what of it shall outlive a power failure (see ``save_state_dict``).
+            incremental: keep shards of the folder's earlier save that have the same tensors (see ``save_state_dict``).
 
         Returns:
             What was written; None if this is not the main process.
@@ -216,6 +225,8 @@ class PretrainedLoading:
             variant=variant,
             extra_files={"config.json": self.config.to_json_string(), **self._companions()},
             tied=self._tied_names(),
+            durability=durability,
+            incremental=incremental,
         )
 
     def _read_companions(self, path: str | os.PathLike[str], files: FileOptions, hub: HubOptions) -> None:

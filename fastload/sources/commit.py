@@ -16,9 +16,11 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 
 from fastload.errors import FormatError, SaveError, UnreadableFileError
+from fastload.options import Durability
 from fastload.sources.journal import JOURNAL_NAME, Journal, encode_journal, read_journal
 from fastload.storage.atomic import CANNOT_SYNC, save_error, sync_folder
 from fastload.storage.writing import FileWriter
@@ -28,6 +30,9 @@ __all__ = ["FolderCommit"]
 _TEMPORARY_PREFIX = ".fastload-tmp-"
 # A journal found in a folder may be anybody's: these are the only files it can have removed.
 _WEIGHTS = re.compile(r"(pytorch_)?model([.-].*)?\.(safetensors|bin)(\.index(\..+)?\.json)?", re.DOTALL)
+_COPY_BYTES = 8 << 20
+# What mounts of object stores answer to a rename.
+_CANNOT_RENAME = {errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class FolderCommit:
@@ -38,24 +43,27 @@ class FolderCommit:
 
     Args:
         folder: made if need be, with its parents.
-        sync: have every file on the disk before the old checkpoint is given up, so that a power failure is as
-            harmless as a kill.
+        durability: what to wait for (see ``fastload.options.Durability``).
         progress: called with the number of bytes whenever some were written.
 
     Raises:
         SaveError: from every method, where the operating system refuses.
     """
 
-    def __init__(self, folder: str, *, sync: bool = True, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, folder: str, *, durability: Durability = "full", progress: Callable[[int], None] | None = None
+    ) -> None:
         self.folder = folder
-        self._sync = sync
+        self._syncs_files = durability != "none"
+        self._syncs_folder = durability == "full"
         self._progress = progress
         self._temporaries: dict[str, str] = {}
         self._is_renaming = False
+        self._parents: list[str] = []
         self._lock: int | None = None
 
     def __enter__(self) -> FolderCommit:
-        _make_folder(self.folder)
+        self._parents = _make_folder(self.folder)
         self._lock = _lock_folder(self.folder)
         try:
             self._recover()
@@ -85,10 +93,24 @@ class FolderCommit:
             with FileWriter(descriptor, self._progress) as writer:
                 yield writer
                 writer.flush()
-                if self._sync:
-                    _sync(writer)
+                if self._syncs_files:
+                    _sync(writer.sync)
         except SaveError:
             raise
+        except OSError as error:
+            raise save_error(path, error) from error
+
+    def keep(self, name: str) -> None:
+        """Have a file of the old checkpoint be one of the new, as durable as the others."""
+        if not self._syncs_files:
+            return
+        path = os.path.join(self.folder, name)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _sync(partial(os.fsync, descriptor))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise save_error(path, error) from error
 
@@ -122,8 +144,8 @@ class FolderCommit:
         try:
             # The journal promises the files, so their names have to be on the disk before its own is.
             self._sync_folder()
-            os.replace(self._path_of_temporary(JOURNAL_NAME), os.path.join(self.folder, JOURNAL_NAME))
-            self._sync_folder()
+            self._put(self._path_of_temporary(JOURNAL_NAME), os.path.join(self.folder, JOURNAL_NAME))
+            self._sync_folder(*self._parents)
             return self._carry_out(journal)
         except OSError as error:
             if not self._is_renaming and self._retract():
@@ -143,7 +165,7 @@ class FolderCommit:
             temporary = os.path.join(self.folder, journal.renames[name])
             is_first, self._is_renaming = not self._is_renaming, True
             try:
-                os.replace(temporary, os.path.join(self.folder, name))
+                self._put(temporary, os.path.join(self.folder, name))
             except FileNotFoundError:
                 # A save that is carried on after a kill finds some of its files renamed.
                 if os.path.lexists(temporary):
@@ -159,9 +181,25 @@ class FolderCommit:
         _unlink(os.path.join(self.folder, JOURNAL_NAME))
         return removed
 
-    def _sync_folder(self) -> None:
-        if self._sync:
-            sync_folder(self.folder)
+    def _sync_folder(self, *others: str) -> None:
+        if self._syncs_folder:
+            for folder in (self.folder, *others):
+                sync_folder(folder)
+
+    def _put(self, temporary: str, path: str) -> None:
+        """Give a file its name: by a rename, or by a copy where the file system has none.
+
+        The journal names the temporary file until it is gone, so that a copy that is not complete is never read. What
+        was at ``path`` is deleted first and not overwritten, since somebody may have it mapped.
+        """
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in _CANNOT_RENAME or not os.path.lexists(temporary):
+                raise
+            _unlink(path)
+            _copy(temporary, path, self._syncs_files)
+            _unlink(temporary)
 
     def _recover(self) -> None:
         """Finish the save that was killed after its journal, and remove what others left before theirs."""
@@ -216,7 +254,13 @@ def _rank(name: str) -> tuple[int, str]:
     return (1 if is_index else 0 if _WEIGHTS.fullmatch(name) else 2), name
 
 
-def _make_folder(folder: str) -> None:
+def _make_folder(folder: str) -> list[str]:
+    """Make the folder. Returns the folders in which it, and those above it, were made."""
+    parents = []
+    above = folder
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+        parents.append(above)
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError as error:
@@ -224,6 +268,7 @@ def _make_folder(folder: str) -> None:
         raise SaveError(problem, file=folder, fix="give another path") from error
     except OSError as error:
         raise save_error(folder, error, "be made") from error
+    return parents
 
 
 def _lock_folder(folder: str) -> int | None:
@@ -247,12 +292,25 @@ def _unlock(descriptor: int | None) -> None:
         os.close(descriptor)
 
 
-def _sync(writer: FileWriter) -> None:
+def _sync(sync: Callable[[], None]) -> None:
     try:
-        writer.sync()
+        sync()
     except OSError as error:
         if error.errno not in CANNOT_SYNC:
             raise
+
+
+def _copy(source: str, target: str, sync: bool) -> None:
+    """Write a file anew, from its beginning to its end. Raises OSError."""
+    with open(source, "rb", buffering=0) as reading:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with FileWriter(os.open(target, flags, 0o666)) as writer:
+            buffer = memoryview(bytearray(_COPY_BYTES))
+            while n_bytes := reading.readinto(buffer):
+                writer.write(buffer[:n_bytes])
+            writer.flush()
+            if sync:
+                _sync(writer.sync)
 
 
 def _unlink(path: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fastload.errors import (
     AmbiguousCheckpointError,
@@ -45,6 +45,7 @@ class CheckpointFiles:
         index: the index they were found through; None for a single file.
         weight_map: key -> path, as the index says; None for a single file.
         notes: choices that a caller may want to know of, a sentence each.
+        checksums: path -> checksum of its header, as far as the index has them.
     """
 
     folder: str
@@ -53,6 +54,7 @@ class CheckpointFiles:
     index: str | None = None
     weight_map: dict[str, str] | None = None
     notes: tuple[str, ...] = ()
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 def find_weights(path: str | os.PathLike[str], options: FileOptions = ANY_FILES) -> CheckpointFiles:
@@ -205,6 +207,7 @@ def _sharded(view: FolderView, index_name: str) -> CheckpointFiles:
         weights=tuple(sorted(paths.values())),
         index=index_path,
         weight_map={key: paths[name] for key, name in index.weight_map.items()},
+        checksums={paths[name]: checksum for name, checksum in index.checksums.items() if name in paths},
     )
 
 

@@ -73,6 +73,13 @@ class FileWriter:
                 n_written -= first.nbytes
                 del buffers[0]
 
+    def write_again(self, beginning: bytes) -> None:
+        """Replace the first bytes of the file by as many others. Raises OSError."""
+        self.flush()
+        done = 0
+        while done < len(beginning):
+            done += os.pwrite(self._descriptor, memoryview(beginning)[done:], done)
+
     def sync(self) -> None:
         """Have the file on the disk. Raises OSError."""
         self.flush()

@@ -53,7 +53,7 @@ def test_the_verdict_is_json_on_request(command: Command, bert: Path) -> None:
     assert command("verify", bert, "--json").values == {
         "source": str(bert),
         "ok": True,
-        "checked": [f"model.safetensors: 39 tensors, {size} read", "39 tensors fill a BertModel"],
+        "checked": [f"model.safetensors: 39 tensors, {size} compared with checksums", "39 tensors fill a BertModel"],
         "errors": [],
     }
 

@@ -70,20 +70,26 @@ def made(name: str, dtype: torch.dtype | None = None) -> Any:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file of a folder: tensors and metadata of safetensors and .bin files, JSON, text."""
+    """Every file of a folder: tensors and metadata of safetensors and .bin files, JSON, text; no checksums."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 found[path.name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                found[f"metadata of {path.name}"] = file.metadata()
+                found[f"metadata of {path.name}"] = _without_checksums(file.metadata())
         elif path.suffix == ".bin":
             found[path.name] = torch.load(path, weights_only=True)
         elif path.suffix == ".json":
             found[path.name] = json.loads(path.read_text())
+            if ".index." in path.name:
+                found[path.name]["metadata"] = _without_checksums(found[path.name]["metadata"])
         else:
             found[path.name] = path.read_bytes()
     return found
+
+
+def _without_checksums(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {name: text for name, text in metadata.items() if name != "fastload.checksums"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
