@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fastload.checkpoint import open_checkpoint as open_checkpoint
     from fastload.detaching import detach as detach
     from fastload.errors import FastloadError as FastloadError
+    from fastload.files import load_file as load_file
+    from fastload.files import safe_open as safe_open
+    from fastload.files import save_file as save_file
     from fastload.loader import load_model as load_model
     from fastload.loader import load_state_dict as load_state_dict
     from fastload.loader import report as report
@@ -100,6 +103,7 @@ if TYPE_CHECKING:
     from fastload.reports import LoadReport as LoadReport
     from fastload.saver import SaveReport as SaveReport
     from fastload.saver import save_state_dict as save_state_dict
+    from fastload.saving import save_model as save_model
     from fastload.storage.ring import free_pinned_memory as free_pinned_memory
     from fastload.streaming.arrivals import wait as wait
 
@@ -186,11 +190,15 @@ _HOMES = {
     "SaveReport": "fastload.saver",
     "detach": "fastload.detaching",
     "free_pinned_memory": "fastload.storage.ring",
+    "load_file": "fastload.files",
     "load_model": "fastload.loader",
     "load_state_dict": "fastload.loader",
     "open_checkpoint": "fastload.checkpoint",
     "prefetch": "fastload.prefetching",
     "report": "fastload.loader",
+    "safe_open": "fastload.files",
+    "save_file": "fastload.files",
+    "save_model": "fastload.saving",
     "save_state_dict": "fastload.saver",
     "wait": "fastload.streaming.arrivals",
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastload.errors import FormatError, IndexFileError
@@ -15,6 +17,7 @@ from fastload.prefetching import Prefetch, read_ahead
 from fastload.reports import collapse_keys
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
+from fastload.sources.steady import read_steadily
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +31,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a checkpoint by key. Opening reads headers only; a tensor is mapped when it is asked for.
 
     Tensors are views of private mappings: they cost no memory until they are used, writing to one does not change the
-    file, and they outlive this object.
+    file, and they outlive this object. The files are held open: a save that replaces them later changes nothing here.
 
     Attributes:
         files: the weight files.
@@ -55,10 +58,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self._n_file_bytes: dict[str, int] = {}
         self._modified_ns: dict[str, int | None] = {}
         self._open_files: dict[str, MappedFile] = {}
+        self._descriptors: dict[str, int] = {}
+        weakref.finalize(self, _close, self._descriptors)
         for path in files.weights:
             contents = read_file(path)
             self._n_file_bytes[path] = contents.n_file_bytes
             self._modified_ns[path] = contents.modified_ns
+            with suppress(OSError):  # then mapping it, if that is asked for, says why
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.metadata.update(contents.metadata)
             self.metadata.pop(CHECKSUMS, None)  # they are the file's, not the checkpoint's
             self._add(contents.specs, path, files.weight_map, tolerant)
@@ -98,7 +105,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if file is None:
             from fastload.storage.mapping import MappedFile
 
-            mapped = MappedFile(path, self._n_file_bytes[path], self._modified_ns[path])
+            mapped = MappedFile(path, self._n_file_bytes[path], self._modified_ns[path], self._descriptors.get(path))
             file = self._open_files.setdefault(path, mapped)
         return file
 
@@ -172,6 +179,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             )
 
 
+def _close(descriptors: dict[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
 class TensorSlice:
     """One tensor of a checkpoint, whose parts can be asked for.
 
@@ -217,4 +229,4 @@ def open_checkpoint(
         local_files_only=local_files_only,
         force_download=force_download,
     )
-    return Checkpoint(locate_checkpoint(os.fspath(path), files, hub))
+    return read_steadily(path, lambda: Checkpoint(locate_checkpoint(os.fspath(path), files, hub)))

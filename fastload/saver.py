@@ -24,7 +24,7 @@ from fastload.sources.names import candidates, shard_name
 from fastload.storage.sharing import byte_span
 from fastload.storing import Shard, Stored, as_bin, as_safetensors
 
-__all__ = ["SaveReport", "save_checkpoint", "save_state_dict"]
+__all__ = ["SaveReport", "checked_metadata", "checked_tensors", "save_checkpoint", "save_state_dict"]
 
 # More than these do not write faster, and each may hold a copy of a tensor that is not contiguous.
 _MAX_WRITERS = 4
@@ -141,9 +141,9 @@ def save_checkpoint(
     options = FileOptions(variant=variant, use_safetensors=safe_serialization)
     single, index_name = candidates(options)[0].names
     small_files = _encoded(extra_files or {}, variant)
-    tensors = _collect(state_dict, deferred or {})
+    tensors = checked_tensors(state_dict, deferred or {})
     if safe_serialization:
-        content = as_safetensors(tensors, tied or {}, _texts(metadata or {}), deferred or {})
+        content = as_safetensors(tensors, tied or {}, checked_metadata(metadata or {}), deferred or {})
     elif incremental:
         raise OptionError(
             "a .bin has no checksums to know it again by", fix="save as safetensors, or leave incremental out"
@@ -252,7 +252,7 @@ def _divide(content: Stored, max_shard_bytes: int, shards: Sequence[Sequence[str
     return [list(keys) for keys in shards]
 
 
-def _collect(state_dict: Mapping[str, torch.Tensor], deferred: Container[str]) -> dict[str, torch.Tensor]:
+def checked_tensors(state_dict: Mapping[str, torch.Tensor], deferred: Container[str] = ()) -> dict[str, torch.Tensor]:
     """The tensors without their gradients, each one that a file can hold; an error names all others."""
     tensors: dict[str, torch.Tensor] = {}
     on_meta, problems = [], []
@@ -318,7 +318,8 @@ def _encoded(texts: Mapping[str, str | bytes], variant: str | None) -> dict[str,
         raise OptionError("the text of a file is not Unicode", found=str(error)) from None
 
 
-def _texts(metadata: Mapping[str, object]) -> dict[str, str]:
+def checked_metadata(metadata: Mapping[str, object]) -> dict[str, str]:
+    """The text by name. OptionError if it is something else."""
     texts = {name: text for name, text in metadata.items() if isinstance(name, str) and isinstance(text, str)}
     if len(texts) != len(metadata):
         others = [repr(item) for item in metadata.items() if item[0] not in texts]

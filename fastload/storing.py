@@ -1,7 +1,7 @@
 """What each format stores of a state dict: which names, in which order, and how a shard is written.
 
-A safetensors shard carries checksums of its tensors in its header (see ``fastload.formats.checksums``). Tensors that are
-in memory as they will be in the file are hashed before the first byte is written, so that the file is written from its
+A safetensors shard has checksums of its tensors in its header (see ``fastload.formats.checksums``). Tensors that are in
+memory as they will be in the file are hashed before the first byte is written, so that the file is written from its
 beginning to its end, as some mounts of object stores demand. What has to be loaded or copied for writing is hashed
 then, and the header, whose length is known, is written once more at the end.
 """

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_load(commands)
     _add_convert(commands)
     _add_verify(commands)
+    _add_diff(commands)
     _add_bench(commands)
     return parser
 
@@ -117,6 +118,14 @@ def _add_verify(commands: Any) -> None:
     parser = _add_command(
         commands, "verify", "verifying", "read every byte of a checkpoint and say whether it is whole"
     )
+    _add_json(parser)
+
+
+def _add_diff(commands: Any) -> None:
+    parser = _add_command(
+        commands, "diff", "diffing", "compare two checkpoints tensor by tensor, whatever their formats and shards"
+    )
+    parser.add_argument("other", metavar="OTHER", type=_not_empty, help="the checkpoint to compare with")
     _add_json(parser)
 
 

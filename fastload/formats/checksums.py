@@ -6,13 +6,13 @@ One text of ``__metadata__``, which readers that do not know it pass over:
 
 which are the algorithm, the bytes of a block, the checksum of the header, and those of the blocks of all tensors: in
 the order of their bytes in the file, each tensor in blocks of its own, so that a flipped bit is placed within 16 MiB
-and large tensors are compared by several threads. The header's covers all bytes before the tensors, with zeros in its own place:
-names, shapes, offsets, and the checksums themselves. It therefore stands for the whole file, and is what an index keeps
-of each shard.
+and large tensors are compared by several threads. The header's covers all bytes before the tensors, with zeros in its
+own place: names, shapes, offsets, and the checksums themselves. It therefore stands for the whole file, and is what an
+index keeps of each shard.
 
 XXH3 (by Yann Collet, through the package xxhash) runs at the speed of memory, and its checksum depends on the order of
-the bytes. It finds accidents. It is no proof against somebody who means to deceive: who can change a tensor can change its
-checksum too.
+the bytes. It finds accidents. It is no proof against somebody who means to deceive: who can change a tensor can change
+its checksum too.
 """
 
 from __future__ import annotations

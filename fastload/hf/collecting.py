@@ -11,15 +11,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 
-from fastload.errors import SaveError
 from fastload.plan.sharding import split_into_shards
+from fastload.saving import load_of_offloaded
 from fastload.storage.sharing import byte_span
 
 __all__ = ["Contents", "collect"]
@@ -59,7 +58,7 @@ def collect(
     kept = _kept(model, state_dict)
     tensors, loads = dict(kept), {}
     for name, tensor in kept.items():
-        if tensor.is_meta and (load := _load_of(model, name)) is not None:
+        if tensor.is_meta and (load := load_of_offloaded(model, name)) is not None:
             # A tensor object of its own, by which it is known again under another key.
             tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             loads[id(tensors[name])] = load
@@ -191,25 +190,3 @@ def _split(tensors: Mapping[str, torch.Tensor], max_shard_bytes: int) -> list[li
 
 def _n_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _load_of(model: Any, name: str) -> Load | None:
-    """What loads an offloaded tensor: the hook of accelerate that would load it for a forward. None without one."""
-    parts = name.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        try:
-            hook = getattr(model.get_submodule(".".join(parts[:depth])), "_hf_hook", None)
-        except AttributeError:
-            continue
-        for single in getattr(hook, "hooks", (hook,)):
-            weights = getattr(single, "weights_map", None)
-            if weights is not None:
-                return partial(_loaded, weights, ".".join(parts[depth:]), name)
-    return None
-
-
-def _loaded(weights: Mapping[str, torch.Tensor], key: str, name: str) -> torch.Tensor:
-    try:
-        return weights[key]
-    except KeyError as error:
-        raise SaveError("an offloaded tensor is not where its hook looks for it", key=name) from error

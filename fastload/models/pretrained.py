@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -27,8 +28,8 @@ from fastload.plan.keys import KeyRules
 from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.sources.hub import pinned
-from fastload.sources.local import CheckpointFiles
 from fastload.sources.resolve import locate_checkpoint
+from fastload.sources.steady import read_steadily
 from fastload.storage.devices import device_for
 from fastload.streaming.arrivals import parse_memory_budget
 
@@ -130,10 +131,9 @@ class PretrainedLoading:
         )
         model_options = {name: config_fields.pop(name) for name in cls._own_options() & config_fields.keys()}
         with paused_collector():
-            with clock("resolve"):
-                config, found = cls._resolve(path, config, files, hub, config_fields)
+            opening = partial(cls._open, path, config, files, hub, config_fields, clock)
+            config, checkpoint = read_steadily(path, opening)
             with clock("open"):
-                checkpoint = Checkpoint(found)
                 if memory_budget is None and max_memory is None:
                     checkpoint.read_ahead()
                 pinned_bytes = parse_pinned_memory(pinned_memory)
@@ -173,7 +173,7 @@ class PretrainedLoading:
             with clock("finish"):
                 _set_eval(model)
         model.name_or_path = config.name_or_path = os.fspath(path)
-        model._read_companions(path, files, pinned(hub, found.weights[0]))
+        model._read_companions(path, files, pinned(hub, checkpoint.files[0]))
         if device_map is not None:
             model.hf_device_map = devices
             dispatch(model, devices)
@@ -252,21 +252,26 @@ class PretrainedLoading:
         return set(inspect.signature(cls.__init__).parameters) - {"self", "config"}
 
     @classmethod
-    def _resolve(
+    def _open(
         cls,
         path: str | os.PathLike[str],
         config: PreTrainedConfig | str | os.PathLike[str] | None,
         files: FileOptions,
         hub: HubOptions,
         config_fields: Mapping[str, Any],
-    ) -> tuple[PreTrainedConfig, CheckpointFiles]:
-        """The config and the weight files, of one commit where they come from a hub."""
-        if not isinstance(config, PreTrainedConfig):
-            config_file = find_config_file(path if config is None else config, subfolder=files.subfolder, hub=hub)
-            if config is None:
-                hub = pinned(hub, config_file)
-            config = config_file
-        return cls._read_config(config, config_fields), locate_checkpoint(path, files, hub)
+        clock: Stopwatch,
+    ) -> tuple[PreTrainedConfig, Checkpoint]:
+        """The config and the opened weights, of one commit where they come from a hub."""
+        with clock("resolve"):
+            if not isinstance(config, PreTrainedConfig):
+                config_file = find_config_file(path if config is None else config, subfolder=files.subfolder, hub=hub)
+                if config is None:
+                    hub = pinned(hub, config_file)
+                config = config_file
+            config = cls._read_config(config, config_fields)
+            found = locate_checkpoint(path, files, hub)
+        with clock("open"):
+            return config, Checkpoint(found)
 
     @classmethod
     def _read_config(cls, config: PreTrainedConfig | str, fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -22,7 +22,7 @@ from types import TracebackType
 from fastload.errors import FormatError, SaveError, UnreadableFileError
 from fastload.options import Durability
 from fastload.sources.journal import JOURNAL_NAME, Journal, encode_journal, read_journal
-from fastload.storage.atomic import CANNOT_SYNC, save_error, sync_folder
+from fastload.storage.atomic import rename, save_error, sync_file, sync_folder
 from fastload.storage.writing import FileWriter
 
 __all__ = ["FolderCommit"]
@@ -30,9 +30,6 @@ __all__ = ["FolderCommit"]
 _TEMPORARY_PREFIX = ".fastload-tmp-"
 # A journal found in a folder may be anybody's: these are the only files it can have removed.
 _WEIGHTS = re.compile(r"(pytorch_)?model([.-].*)?\.(safetensors|bin)(\.index(\..+)?\.json)?", re.DOTALL)
-_COPY_BYTES = 8 << 20
-# What mounts of object stores answer to a rename.
-_CANNOT_RENAME = {errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class FolderCommit:
@@ -94,7 +91,7 @@ class FolderCommit:
                 yield writer
                 writer.flush()
                 if self._syncs_files:
-                    _sync(writer.sync)
+                    sync_file(writer.sync)
         except SaveError:
             raise
         except OSError as error:
@@ -108,7 +105,7 @@ class FolderCommit:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                _sync(partial(os.fsync, descriptor))
+                sync_file(partial(os.fsync, descriptor))
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -144,7 +141,7 @@ class FolderCommit:
         try:
             # The journal promises the files, so their names have to be on the disk before its own is.
             self._sync_folder()
-            self._put(self._path_of_temporary(JOURNAL_NAME), os.path.join(self.folder, JOURNAL_NAME))
+            rename(self._path_of_temporary(JOURNAL_NAME), os.path.join(self.folder, JOURNAL_NAME), self._syncs_files)
             self._sync_folder(*self._parents)
             return self._carry_out(journal)
         except OSError as error:
@@ -162,17 +159,19 @@ class FolderCommit:
 
     def _carry_out(self, journal: Journal) -> tuple[str, ...]:
         for name in sorted(journal.renames, key=_rank):
-            temporary = os.path.join(self.folder, journal.renames[name])
+            temporary, path = os.path.join(self.folder, journal.renames[name]), os.path.join(self.folder, name)
+            was_there = os.path.lexists(path)
             is_first, self._is_renaming = not self._is_renaming, True
             try:
-                self._put(temporary, os.path.join(self.folder, name))
+                rename(temporary, path, self._syncs_files)
             except FileNotFoundError:
                 # A save that is carried on after a kill finds some of its files renamed.
                 if os.path.lexists(temporary):
                     raise
             except OSError:
-                # If not even one can be renamed, the old checkpoint is still whole.
-                self._is_renaming = not is_first
+                # If not even one can be renamed, the old checkpoint is still whole: unless the old file had to make
+                # room for a copy, which failed.
+                self._is_renaming = not is_first or (was_there and not os.path.lexists(path))
                 raise
         self._sync_folder()
         removed = tuple(name for name in journal.superseded if _unlink(os.path.join(self.folder, name)))
@@ -185,21 +184,6 @@ class FolderCommit:
         if self._syncs_folder:
             for folder in (self.folder, *others):
                 sync_folder(folder)
-
-    def _put(self, temporary: str, path: str) -> None:
-        """Give a file its name: by a rename, or by a copy where the file system has none.
-
-        The journal names the temporary file until it is gone, so that a copy that is not complete is never read. What
-        was at ``path`` is deleted first and not overwritten, since somebody may have it mapped.
-        """
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.errno not in _CANNOT_RENAME or not os.path.lexists(temporary):
-                raise
-            _unlink(path)
-            _copy(temporary, path, self._syncs_files)
-            _unlink(temporary)
 
     def _recover(self) -> None:
         """Finish the save that was killed after its journal, and remove what others left before theirs."""
@@ -290,27 +274,6 @@ def _unlock(descriptor: int | None) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
-
-
-def _sync(sync: Callable[[], None]) -> None:
-    try:
-        sync()
-    except OSError as error:
-        if error.errno not in CANNOT_SYNC:
-            raise
-
-
-def _copy(source: str, target: str, sync: bool) -> None:
-    """Write a file anew, from its beginning to its end. Raises OSError."""
-    with open(source, "rb", buffering=0) as reading:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with FileWriter(os.open(target, flags, 0o666)) as writer:
-            buffer = memoryview(bytearray(_COPY_BYTES))
-            while n_bytes := reading.readinto(buffer):
-                writer.write(buffer[:n_bytes])
-            writer.flush()
-            if sync:
-                _sync(writer.sync)
 
 
 def _unlink(path: str) -> bool:

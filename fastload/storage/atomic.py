@@ -11,10 +11,15 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Callable
 
 from fastload.errors import SaveError
 
-__all__ = ["CANNOT_SYNC", "create_temporary", "save_error", "sync_folder", "write_bytes", "write_text"]
+__all__ = ["create_temporary", "rename", "save_error", "sync_file", "sync_folder", "write_bytes", "write_text"]
+
+_COPY_BYTES = 8 << 20
+# What mounts of object stores answer to a rename.
+_CANNOT_RENAME = {errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _FIXES = {
     errno.ENOSPC: "free space on that file system, or save elsewhere",
@@ -27,8 +32,8 @@ _FIXES = {
     errno.EISDIR: "a folder has the file's name: move it away, or save elsewhere",
 }
 
-#: Not every file system can sync, and one that cannot is no reason not to save.
-CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
+# Not every file system can sync, and one that cannot is no reason not to save.
+_CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 
 def save_error(path: str | os.PathLike[str], error: OSError, doing: str = "be written") -> SaveError:
@@ -52,6 +57,57 @@ def create_temporary(folder: str | os.PathLike[str]) -> tuple[int, str]:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), path
 
 
+def rename(temporary: str, path: str, sync: bool) -> None:
+    """Give a complete file its name: by a rename, or by a copy where the file system has none.
+
+    What was at ``path`` is deleted before a copy is made there and not overwritten, since somebody may have it mapped.
+    A copy takes its time, in which the name stands for part of the file: in a checkpoint's folder the journal has
+    readers use the temporary file until it is gone.
+
+    Args:
+        temporary: the file.
+        path: its name to be.
+        sync: have a copy on the disk before the temporary file goes.
+
+    Raises:
+        OSError: neither was possible.
+    """
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _CANNOT_RENAME or not os.path.lexists(temporary):
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        _copy(temporary, path, sync)
+        os.unlink(temporary)
+
+
+def _copy(source: str, target: str, sync: bool) -> None:
+    """Write a file anew, from its beginning to its end; if that fails, there is none."""
+    with open(source, "rb", buffering=0) as reading, open(target, "xb", buffering=0) as writing:
+        try:
+            buffer = memoryview(bytearray(_COPY_BYTES))
+            while n_bytes := reading.readinto(buffer):
+                done = 0
+                while done < n_bytes:
+                    done += writing.write(buffer[done:n_bytes])
+            if sync:
+                sync_file(lambda: os.fsync(writing.fileno()))
+        except BaseException:
+            os.unlink(target)
+            raise
+
+
+def sync_file(sync: Callable[[], None]) -> None:
+    """Call what syncs a file. That a file system cannot is no error; OSError for all others."""
+    try:
+        sync()
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Have the renames in ``folder`` survive a power failure. That a file system cannot is no error.
 
@@ -64,7 +120,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in CANNOT_SYNC:
+        if error.errno not in _CANNOT_SYNC:
             raise
     finally:
         os.close(descriptor)
@@ -91,7 +147,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
                 file.flush()
                 if sync:
                     os.fsync(descriptor)
-            os.replace(temporary, path)
+            rename(temporary, os.fspath(path), sync)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

@@ -58,6 +58,7 @@ class MappedFile:
         n_file_bytes: its size when its header was read. A file that has become shorter since is an error here;
             touching a page beyond its end would kill the process.
         modified_ns: when it was modified last, as it said then; None not to compare that.
+        descriptor: the file, if it is open already; it stays open.
 
     Raises:
         UnreadableFileError: it cannot be opened or mapped.
@@ -65,9 +66,11 @@ class MappedFile:
         ChangedFileError: it has been modified, or another file has taken its place.
     """
 
-    def __init__(self, path: str, n_file_bytes: int, modified_ns: int | None = None) -> None:
+    def __init__(
+        self, path: str, n_file_bytes: int, modified_ns: int | None = None, descriptor: int | None = None
+    ) -> None:
         self.path = path
-        fd = open_unchanged(path, n_file_bytes, modified_ns)
+        fd = open_unchanged(path, n_file_bytes, modified_ns, descriptor)
         try:
             self._mmap = mmap.mmap(fd, n_file_bytes, access=mmap.ACCESS_COPY)
         except OSError as error:
@@ -174,10 +177,10 @@ def _check_size(path: str, expected: int, found: int) -> None:
         )
 
 
-def open_unchanged(path: str, n_file_bytes: int, modified_ns: int | None) -> int:
-    """A descriptor of a file that is as it was when its header was read. Arguments and errors as for `MappedFile`."""
+def open_unchanged(path: str, n_file_bytes: int, modified_ns: int | None, opened: int | None = None) -> int:
+    """A new descriptor of a file that is as it was when its header was read. As for `MappedFile`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if opened is None else os.dup(opened)
         try:
             status = os.fstat(descriptor)
         except OSError:
