@@ -13,6 +13,7 @@ from torch import nn
 from fastload.errors import SaveError
 from fastload.options import Durability
 from fastload.saver import SaveReport, save_checkpoint
+from fastload.sources.hub import upload
 
 __all__ = ["load_of_offloaded", "save_model"]
 
@@ -31,6 +32,8 @@ def save_model(
     variant: str | None = None,
     durability: Durability = "full",
     incremental: bool = False,
+    push_to_hub: str | None = None,
+    token: str | bool | None = None,
 ) -> SaveReport | None:
     """Save the tensors of any module, for `load_model`. No config is written.
 
@@ -43,6 +46,8 @@ def save_model(
         state_dict: tensors to save in place of the module's own.
         is_main_process: False does nothing, for all ranks but one of a distributed program.
         max_shard_size, safe_serialization, metadata, variant, durability, incremental: as for `save_state_dict`.
+        push_to_hub: the repository to upload to afterwards, made if need be.
+        token: for the hub.
 
     Returns:
         What was written; None if this is not the main process.
@@ -59,7 +64,7 @@ def save_model(
         for key, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor) and tensor.is_meta and (load := load_of_offloaded(module, key)) is not None
     }
-    return save_checkpoint(
+    report = save_checkpoint(
         tensors,
         folder,
         max_shard_size=max_shard_size,
@@ -70,6 +75,9 @@ def save_model(
         durability=durability,
         incremental=incremental,
     )
+    if push_to_hub is not None:
+        upload(os.fspath(folder), (*report.files, *report.kept), push_to_hub, token=token)
+    return report
 
 
 def load_of_offloaded(module: Any, name: str) -> Load | None:

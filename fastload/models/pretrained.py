@@ -191,6 +191,11 @@ class PretrainedLoading:
         is_main_process: bool = True,
         durability: Durability = "full",
         incremental: bool = False,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
     ) -> SaveReport | None:
         """Write config.json and the weights, so that from_pretrained and transformers read them.
 
@@ -206,6 +211,9 @@ class PretrainedLoading:
             is_main_process: False does nothing, for all ranks but one of a distributed program.
             durability: "none", "data" or "full": what of it shall outlive a power failure (see ``save_state_dict``).
             incremental: keep shards of the folder's earlier save that have the same tensors (see ``save_state_dict``).
+            push_to_hub: upload what was written afterwards, in one commit.
+            repo_id: the repository, made if need be; the folder's name otherwise.
+            commit_message, private, token: for the hub.
 
         Returns:
             What was written; None if this is not the main process.
@@ -217,7 +225,7 @@ class PretrainedLoading:
         model: Any = self
         self.config.architectures = [type(self).__name__]
         self.config.dtype = model.dtype
-        return save_checkpoint(
+        report = save_checkpoint(
             self._as_in_files(model.state_dict() if state_dict is None else state_dict),
             save_directory,
             max_shard_size=max_shard_size,
@@ -228,6 +236,18 @@ class PretrainedLoading:
             durability=durability,
             incremental=incremental,
         )
+        if push_to_hub:
+            from fastload.sources.hub import upload
+
+            upload(
+                os.fspath(save_directory),
+                (*report.files, *report.kept),
+                repo_id or os.path.basename(os.path.abspath(save_directory)),
+                token=token,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+            )
+        return report
 
     def _read_companions(self, path: str | os.PathLike[str], files: FileOptions, hub: HubOptions) -> None:
         """Read the files beside config.json that this kind of model has use for. Here it has none."""

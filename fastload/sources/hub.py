@@ -29,7 +29,7 @@ from fastload.sources.names import CONFIG_NAME, candidates, listed, nothing_foun
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["fetch_companion", "fetch_config", "fetch_weights", "pinned"]
+__all__ = ["fetch_companion", "fetch_config", "fetch_weights", "pinned", "upload"]
 
 _PARALLEL_DOWNLOADS = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -103,6 +103,39 @@ def pinned(hub: HubOptions, path: str) -> HubOptions:
     """
     match = _SNAPSHOT.search(path)
     return replace(hub, revision=match[1]) if match else hub
+
+
+def upload(
+    folder: str,
+    names: Iterable[str],
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """Upload files of a folder to a repository, which is made if need be, in one commit. Returns the commit's address.
+
+    Raises:
+        HubError, CheckpointNotFoundError: the hub refused, or cannot be reached.
+    """
+    api = _huggingface_hub().HfApi(
+        endpoint=os.environ.get("HF_ENDPOINT") or None,
+        token=token,
+        library_name="fastload",
+        library_version=__version__,
+    )
+    try:
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in names],
+            commit_message=commit_message or "Upload weights with fastload",
+        )
+    except Exception as error:
+        raise _explained(error, repo_id, "the upload", is_network_off=False) from error
+    return str(done.commit_url)
 
 
 class _Repository:
