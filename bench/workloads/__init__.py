@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from suite.outcome import Workload
 
-from workloads import cold, decoders, first_output, formats, imports, load, memory, saving, whole, workers
+from workloads import cold, decoders, first_output, formats, imports, load, memory, saving, verifying, whole, workers
 
 __all__ = ["WORKLOADS"]
 
@@ -27,6 +27,7 @@ WORKLOADS: dict[str, Workload] = {
         cold.FIRST_FORWARD,
         cold.STREAM,
         saving.SAVE,
+        verifying.VERIFY,
         decoders.TTFT_LLAMA,
         decoders.TTFT_LLAMA_COLD,
         decoders.TTFT_MOE,
