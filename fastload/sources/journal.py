@@ -77,6 +77,9 @@ def read_journal(folder: str | os.PathLike[str]) -> Journal | None:
             file=path if enterable else folder,
             fix="give this user the right to read it, and to enter the folder",
         ) from error
+    if not text:
+        # Where renames are refused the journal is a copy, and a copy begins empty: no file has its new name yet.
+        return None
     try:
         content = json.loads(text) if len(text) <= _MAX_JOURNAL_BYTES else None
     except (ValueError, RecursionError):

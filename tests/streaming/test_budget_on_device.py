@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,11 @@ def test_a_file_that_was_cut_is_an_error_that_names_the_block(path: Path) -> Non
     wait_for_no_threads()
     whole = shutil.copy(path, path.with_suffix(".whole"))
     os.truncate(path, 1000)
+    with suppress(BlockError):
+        output(model)  # the first blocks that pass had come before the cut
     for _ in range(2):
         with pytest.raises(BlockError) as caught:
-            for _ in range(2):  # the first blocks may have come before the cut
-                output(model)
+            output(model)
         assert caught.value.file == str(path)
         assert str(caught.value.key).startswith("blocks.")
     with path.open("r+b") as file:
