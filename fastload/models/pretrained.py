@@ -23,7 +23,13 @@ from fastload.models.skeleton import skeleton
 from fastload.options import Durability, FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
 from fastload.pauses import paused_collector
 from fastload.placement.device import Staging, begin_pinning
-from fastload.placement.device_map import DeviceMapArgument, dispatch, named_devices, resolve_device_map
+from fastload.placement.device_map import (
+    DeviceMapArgument,
+    dispatch,
+    named_devices,
+    remainder_as_budget,
+    resolve_device_map,
+)
 from fastload.plan.keys import KeyRules
 from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
@@ -147,11 +153,14 @@ class PretrainedLoading:
                 with skeleton():
                     model: Any = cls(config, *model_args, **model_options)  # type: ignore[call-arg]
                 devices = resolve_device_map(model, device_map, max_memory, config.dtype)
-                if "disk" in devices.values() and memory_budget is None:
+                placed_on = devices
+                if isinstance(device_map, str) and memory_budget is None:
+                    placed_on, memory_budget = remainder_as_budget(model, devices, config.dtype)
+                if "disk" in placed_on.values() and memory_budget is None:
                     memory_budget = (max_memory or {}).get("cpu")
             options = LoadOptions(
                 dtype=parse_dtype(config.dtype),
-                device_map={name: "cpu" if device == "disk" else device for name, device in devices.items()},
+                device_map={name: "cpu" if device == "disk" else device for name, device in placed_on.items()},
                 strict=strict,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 key_mapping=key_mapping,
@@ -176,7 +185,7 @@ class PretrainedLoading:
         model._read_companions(path, files, pinned(hub, checkpoint.files[0]))
         if device_map is not None:
             model.hf_device_map = devices
-            dispatch(model, devices)
+            dispatch(model, placed_on)
         _warn_of_keys(cls.__name__, report)
         return (model, _loading_info(report)) if output_loading_info else model
 

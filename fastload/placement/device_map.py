@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastload.errors import OptionError
+from fastload.plan.planning import device_finder
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DeviceMapArgument", "dispatch", "named_devices", "resolve_device_map"]
+__all__ = ["DeviceMapArgument", "dispatch", "named_devices", "remainder_as_budget", "resolve_device_map"]
 
 DeviceMapArgument = str | int | torch.device | Mapping[str, str | int | torch.device] | None
 
@@ -47,6 +48,35 @@ def resolve_device_map(
     if max_memory is None and not torch.accelerator.is_available():
         return {"": "cpu"}
     return _infer(model, device_map, max_memory, dtype)
+
+
+def remainder_as_budget(
+    model: nn.Module, devices: Mapping[str, str], dtype: torch.dtype | None
+) -> tuple[dict[str, str], int | None]:
+    """The map and the memory budget for what a strategy laid out over one accelerator and something beside it.
+
+    What does not fit on the accelerator then comes there for each forward, the next block while one computes (see
+    `fastload.streaming.budget`), in place of hooks that wait for each module.
+
+    Args:
+        model: the skeleton.
+        devices: module name -> device string.
+        dtype: the type that its floating point weights will have; None for that of the skeleton.
+
+    Returns:
+        That map and None, if there are several accelerators, or none, or nothing beside one.
+    """
+    accelerators = set(devices.values()) - {"cpu", "disk"}
+    if len(accelerators) != 1 or len(set(devices.values())) == 1:
+        return dict(devices), None
+    (accelerator,) = accelerators
+    device_of = device_finder(devices)
+    n_bytes = 0
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if device_of(name) == accelerator:
+            itemsize = dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.itemsize
+            n_bytes += tensor.numel() * itemsize
+    return {"": accelerator}, n_bytes
 
 
 def named_devices(device_map: DeviceMapArgument) -> list[str]:

@@ -18,6 +18,7 @@ from fastload.dtypes import from_torch
 from fastload.errors import BlockError
 from fastload.loader import fill_module
 from fastload.options import LoadOptions
+from fastload.placement.device_map import remainder_as_budget
 from fastload.reports import Stopwatch
 from fastload.storage.devices import CpuDevice
 from tests.cold import wait_for_no_threads
@@ -121,3 +122,32 @@ def test_the_bytes_are_those_of_the_file(path: Path) -> None:
         )
     output(model)
     assert [name for name, tensor in seen.items() if not same_bytes(tensor, expected[name])] == []
+
+
+def test_what_a_strategy_leaves_beside_one_accelerator_passes_through_it(path: Path) -> None:
+    places = {"embed": "cuda:0", "scale": "cuda:0", "shift": "cuda:0", "head": "cuda:0"}
+    places |= {f"blocks.{number}": "cuda:0" if number < N_STAYING + 2 else "cpu" for number in range(N_BLOCKS)}
+    model = device_stack()
+    device_map, budget = remainder_as_budget(model, places, None)
+    assert device_map == {"": "cuda:0"}
+    in_memory = sum(
+        tensor.nbytes for name, tensor in model.state_dict().items() if not name.startswith(("blocks.4.", "blocks.5."))
+    )
+    assert budget == in_memory
+    assert names_on_meta(load(path, CountingDevice(), memory_budget_bytes=budget)) == passing()
+    # In half as many bytes, half as many.
+    assert remainder_as_budget(model, places, torch.bfloat16)[1] == in_memory // 2
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"": "cpu"},
+        {"": "cuda:0"},
+        {"embed": "cpu", "blocks": "disk"},
+        {"embed": "cuda:0", "blocks": "cuda:1", "head": "cpu"},
+    ],
+    ids=str,
+)
+def test_other_layouts_stay_as_they_are(places: dict[str, str]) -> None:
+    assert remainder_as_budget(device_stack(), places, None) == (places, None)
