@@ -51,7 +51,7 @@ def save(folder: str, generation: int, kind: str, *, sync: bool = False) -> None
         max_shard_size=KINDS[kind].max_shard_bytes,
         safe_serialization=KINDS[kind].safe,
         extra_files={"config.json": json.dumps({"generation": generation})},
-        sync=sync,
+        durability="full" if sync else "none",
     )
 
 

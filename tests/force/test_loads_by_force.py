@@ -65,14 +65,24 @@ def rewrite(path: Path, content: bytes) -> None:
     os.utime(path, ns=(modified_ns, modified_ns + 10**9))
 
 
-@WAYS
-def test_file_replaced_between_open_and_read_is_told(tmp_path: Path, use: Callable[[Checkpoint], object]) -> None:
+@pytest.mark.parametrize("becomes", ["another file", "nothing"])
+def test_a_checkpoint_that_is_open_stays_what_it_was(tmp_path: Path, becomes: str) -> None:
+    save_state_dict(weights(1), tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    if becomes == "nothing":
+        (tmp_path / FILE).unlink()
+    else:
+        save_state_dict(weights(2), tmp_path)
+    assert all(same_bytes(checkpoint[key], tensor) for key, tensor in weights(1).items())
+
+
+def test_file_replaced_between_open_and_read_is_told(tmp_path: Path) -> None:
     save_state_dict(weights(1), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     save_state_dict(weights(2), tmp_path)
     os.utime(tmp_path / FILE, ns=(0, 10**9))  # clocks of file systems may tick slowly
     with pytest.raises(ChangedFileError, match="replaced or rewritten") as caught:
-        use(checkpoint)
+        read(checkpoint)
     assert caught.value.file == str(tmp_path / FILE)
     assert caught.value.fix
 
@@ -96,13 +106,12 @@ def test_file_cut_between_open_and_read_is_told(tmp_path: Path, use: Callable[[C
     assert caught.value.file == str(tmp_path / FILE)
 
 
-@WAYS
-def test_file_removed_between_open_and_read_is_told(tmp_path: Path, use: Callable[[Checkpoint], object]) -> None:
+def test_file_removed_between_open_and_read_is_told(tmp_path: Path) -> None:
     save_state_dict(weights(1), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     (tmp_path / FILE).unlink()
     with pytest.raises(UnreadableFileError) as caught:
-        use(checkpoint)
+        read(checkpoint)
     assert caught.value.file == str(tmp_path / FILE)
 
 
@@ -120,7 +129,7 @@ def test_file_replaced_before_its_pages_are_laid_side_by_side_is_told(
         rewrite(tmp_path / FILE, (tmp_path / FILE).read_bytes())
         return place(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fastload.loader.place", rewriting)
+    monkeypatch.setattr("fastload.placement.placing.place", rewriting)
     with pytest.raises(ChangedFileError):
         fastload.load_model(module, tmp_path, fusions=[Fusion(("*.weight",), "all", (Stack(0),))])
 
