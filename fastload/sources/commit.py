@@ -160,7 +160,7 @@ class FolderCommit:
     def _carry_out(self, journal: Journal) -> tuple[str, ...]:
         for name in sorted(journal.renames, key=_rank):
             temporary, path = os.path.join(self.folder, journal.renames[name]), os.path.join(self.folder, name)
-            was_there = os.path.lexists(path)
+            before = _identity(path)
             is_first, self._is_renaming = not self._is_renaming, True
             try:
                 rename(temporary, path, self._syncs_files)
@@ -169,9 +169,9 @@ class FolderCommit:
                 if os.path.lexists(temporary):
                     raise
             except OSError:
-                # If not even one can be renamed, the old checkpoint is still whole: unless the old file had to make
-                # room for a copy, which failed.
-                self._is_renaming = not is_first or (was_there and not os.path.lexists(path))
+                # If not even one can be renamed, the old checkpoint is still whole: unless, where there are no
+                # renames, the old file had to make room for a copy.
+                self._is_renaming = not is_first or _identity(path) != before
                 raise
         self._sync_folder()
         removed = tuple(name for name in journal.superseded if _unlink(os.path.join(self.folder, name)))
@@ -274,6 +274,15 @@ def _unlock(descriptor: int | None) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Tells a file from another one that takes its place."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _unlink(path: str) -> bool:

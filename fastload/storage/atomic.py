@@ -84,19 +84,15 @@ def rename(temporary: str, path: str, sync: bool) -> None:
 
 
 def _copy(source: str, target: str, sync: bool) -> None:
-    """Write a file anew, from its beginning to its end; if that fails, there is none."""
+    """Write a file anew, from its beginning to its end."""
     with open(source, "rb", buffering=0) as reading, open(target, "xb", buffering=0) as writing:
-        try:
-            buffer = memoryview(bytearray(_COPY_BYTES))
-            while n_bytes := reading.readinto(buffer):
-                done = 0
-                while done < n_bytes:
-                    done += writing.write(buffer[done:n_bytes])
-            if sync:
-                sync_file(lambda: os.fsync(writing.fileno()))
-        except BaseException:
-            os.unlink(target)
-            raise
+        buffer = memoryview(bytearray(_COPY_BYTES))
+        while n_bytes := reading.readinto(buffer):
+            done = 0
+            while done < n_bytes:
+                done += writing.write(buffer[done:n_bytes])
+        if sync:
+            sync_file(lambda: os.fsync(writing.fileno()))
 
 
 def sync_file(sync: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ JSON list with an entry for each combination of an earlier and a new checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from tests.force.saves import KINDS, NOTHING, generation_in, save
@@ -35,12 +37,14 @@ def combinations() -> Iterator[tuple[str | None, str]]:
             yield kinds[(number + step) % len(kinds)], new
 
 
-def killed_at(count: int) -> Callable[[int, Call], Fault | None]:
-    """Decides that the process dies before its call of this number."""
+def killed_at(count: int, *, renames: bool = True) -> Callable[[int, Call], Fault | None]:
+    """Decides that the process dies before its call of this number; without renames, those are refused."""
 
     def decide(n_before: int, call: Call) -> Fault | None:
         if n_before == count:
             return KILL
+        if call.name == "rename" and not renames:
+            return refusal(errno.EPERM)
         # A kill, unlike a power failure, loses nothing that was written: syncing would only take time.
         return refusal(0) if call.name == "fsync" else cut(_WRITTEN_AT_ONCE)
 
@@ -56,7 +60,7 @@ def problems_of_the_next_save(folder: str, number: int, what: str) -> list[str]:
 
 
 def kill_everywhere(
-    folder: str, prepare: Callable[[], None], new: str, generation: int, earlier: int
+    folder: str, prepare: Callable[[], object], new: str, generation: int, earlier: int, *, renames: bool = True
 ) -> dict[str, Any]:
     """Kill a save at its first call, then at its second, and so on until one comes to its end.
 
@@ -66,6 +70,7 @@ def kill_everywhere(
         new: the kind of the save.
         generation: what it saves.
         earlier: the generation before.
+        renames: whether the file system has any.
     """
     names: Counter[str] = Counter()
     problems: list[str] = []
@@ -75,7 +80,7 @@ def kill_everywhere(
         shutil.rmtree(folder, ignore_errors=True)
         prepare()
         calls, status = run_traced(
-            lambda: save(folder, generation, new, sync=True), folder, _CALLS, killed_at(len(found))
+            lambda: save(folder, generation, new, sync=True), folder, _CALLS, killed_at(len(found), renames=renames)
         )
         if status == -signal.SIGKILL:
             names[calls[-1].name] += 1
@@ -104,6 +109,11 @@ def main() -> None:
 
         done = kill_everywhere(folder, prepare, new, 2, NOTHING if earlier is None else 1)
         results.append({"what": f"{new} over {earlier or 'nothing'}", **done})
+    for new, earlier in (("2 bin", "safetensors"), ("safetensors", "safetensors")):
+        what = f"{new} over {earlier}, where renames are refused"
+        kept = f"{folder}-{earlier}"
+        prepare = partial(shutil.copytree, kept, folder)
+        results.append({"what": what, **kill_everywhere(folder, prepare, new, 2, 1, renames=False)})
     results.append({"what": "a save that finishes a killed one", **_kill_what_recovers(folder)})
     json.dump(results, sys.stdout)
 

@@ -35,6 +35,16 @@ def once(number: int) -> Callable[[int], Callable[[int, Call], Fault | None]]:
     return lambda count: lambda n_before, call: refusal(number) if n_before == count else _otherwise(call)
 
 
+def once_without_renames(number: int) -> Callable[[int], Callable[[int, Call], Fault | None]]:
+    """One call fails, where renames are refused, so that files are copied to their places."""
+
+    def at(count: int) -> Callable[[int, Call], Fault | None]:
+        fails = once(number)(count)
+        return lambda n_before, call: refusal(errno.EPERM) if call.name == "rename" else fails(n_before, call)
+
+    return at
+
+
 def from_then_on(number: int, names: set[str]) -> Callable[[int], Callable[[int, Call], Fault | None]]:
     """A call fails, and so does each after it that is one of these."""
 
@@ -112,6 +122,9 @@ def main() -> None:
     results["EDQUOT, from then on"] = refused(folder, _TO_SAFETENSORS, from_then_on(errno.EDQUOT, _TAKES_ROOM))
     results["EIO, of every change from then on"] = refused(folder, _SINGLE, from_then_on(errno.EIO, set(CHANGES)))
     results["EIO, reading included, once"] = refused(folder, _TO_SAFETENSORS, once(errno.EIO), everything=True)
+    results["ENOSPC, once, where renames are refused"] = refused(
+        folder, (("2 bin", "safetensors"), ("safetensors", "safetensors")), once_without_renames(errno.ENOSPC)
+    )
     results["EINTR, once"] = refused(folder, _TO_BIN, once(errno.EINTR))
     json.dump(results, sys.stdout)
 
