@@ -270,7 +270,7 @@ def test_bin_cannot_be_saved_incrementally(tmp_path: Path) -> None:
 # Durability.
 
 
-@pytest.mark.parametrize(("durability", "files", "folders"), [("none", 0, 0), ("data", 3, 0), ("full", 3, 4)])
+@pytest.mark.parametrize(("durability", "files", "folders"), [("none", 0, 0), ("data", 3, 0), ("full", 3, 5)])
 def test_what_is_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: Any, files: int, folders: int
 ) -> None:
@@ -284,7 +284,7 @@ def test_what_is_synced(
     monkeypatch.setattr(os, "fsync", note)
     from fastload.saver import save_checkpoint
 
-    # Files: weights, config and journal. Folders: the new one twice, and the two in which something was made.
+    # Files: weights, config and journal. Folders: the new one three times, and the two in which something was made.
     save_checkpoint(weights(), tmp_path / "a" / "b", extra_files={"config.json": "{}"}, durability=durability)
     assert (synced.count(False), synced.count(True)) == (files, folders)
 
