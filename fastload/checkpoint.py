@@ -109,6 +109,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             file = self._open_files.setdefault(path, mapped)
         return file
 
+    def held_path(self, path: str) -> str:
+        """A path to one of the files for as long as this object lives, whatever its name comes to mean.
+
+        For those who open it for themselves, more than once or in their own way.
+        """
+        by_number = f"/proc/self/fd/{self._descriptors.get(path)}"
+        return by_number if os.path.exists(by_number) else path
+
     def read_ahead(self, *, in_file_order: bool = False) -> Prefetch | None:
         """Read what is cold in the background, in the order in which a model will use it. None if all is warm.
 

@@ -92,8 +92,8 @@ def _state_dict(
     where: Mapping[str, Any],
 ) -> dict[str, torch.Tensor]:
     # A function of its own, so that specs and plan are gone when the collector resumes, and it need not walk them.
-    staging = Staging(device_for, options.pinned_bytes)
     checkpoint = open_checkpoint(path, **where)
+    staging = Staging(device_for, options.pinned_bytes, path_of=checkpoint.held_path)
     begin_pinning([str(device)], checkpoint.n_bytes, staging)
     if verify:
         checkpoint.verify()
@@ -211,7 +211,7 @@ def fill_module(
     devices: Devices = device_for,
 ) -> LoadReport:
     """Plan, place and finish. Nothing of the module is changed before the plan has been accepted."""
-    staging = Staging(devices, options.pinned_bytes)
+    staging = Staging(devices, options.pinned_bytes, path_of=checkpoint.held_path)
     before_bytes = private_bytes()
     rules = rules or KeyRules()
     with clock("plan"):

@@ -254,7 +254,9 @@ def _place(
     """Make all tensors and give them to the model."""
     plan, open_file = weights.plan, opened.open_file
     # What a caller gave as a state dict is in memory: there is nothing to be read.
-    staging = Staging(device_for if opened.checkpoint is not None else lambda name: None, pinned_bytes)
+    staging = Staging(lambda name: None)
+    if opened.checkpoint is not None:
+        staging = Staging(device_for, pinned_bytes, path_of=opened.checkpoint.held_path)
     if opened.checkpoint is not None and arrivals.reads_all:
         beside_a_device = has_staged_rows(plan, staging)
         plan, open_file = read_apart(plan, opened.checkpoint, beside_a_device=beside_a_device)

@@ -33,11 +33,13 @@ class Staging(NamedTuple):
         devices: the device of a name.
         pinned_bytes: most pinned host memory for each device.
         limits: sizes of chunks and buffers.
+        path_of: file -> the path to open it by, if its name may come to be another file's (`Checkpoint.held_path`).
     """
 
     devices: Devices
     pinned_bytes: int = PINNED_BYTES
     limits: Limits = Limits()
+    path_of: Callable[[str], str] = str
 
     @property
     def n_slots(self) -> int:
@@ -146,7 +148,7 @@ def stage(
                 made = held[name] if one.is_given else typed(buffers[place.buffer], one.dtype, place[1], one.shape)
                 tensors[name] = made
         ring = Ring(device, staging.limits.chunk_bytes, min(n_slots, len(plan.chunks)))
-        return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, advance))
+        return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, advance, staging.path_of))
 
 
 def stage_all(rows: Iterable[Row], staging: Staging, group_of: Callable[[str], int]) -> tuple[Staged, ...]:

@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from time import perf_counter
 from types import TracebackType
@@ -104,10 +104,12 @@ class ChunkFiles:
 
     Args:
         choice: how they are read.
+        path_of: file -> the path to open it by.
     """
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, path_of: Callable[[str], str] = str) -> None:
         self._choice = choice
+        self._path_of = path_of
         self._descriptors: dict[tuple[str, bool], int] = {}
         self._closing = ExitStack()
 
@@ -175,7 +177,7 @@ class ChunkFiles:
         descriptor = self._descriptors.get((file, is_direct))
         if descriptor is None:
             flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)
-            descriptor = self._descriptors[file, is_direct] = os.open(file, flags)
+            descriptor = self._descriptors[file, is_direct] = os.open(self._path_of(file), flags)
             self._closing.callback(os.close, descriptor)
         return descriptor
 

@@ -45,6 +45,7 @@ class Transfer:
         scratch: such a tensor as large as the largest part that is converted or a box.
         ring: the slots; as large as the chunks ask for. The transfer closes it.
         advance: called on a thread of the transfer with the bytes of each chunk that was sent.
+        path_of: file -> the path to open it by.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Transfer:
         scratch: torch.Tensor,
         ring: Ring,
         advance: Callable[[int], None] = lambda n_bytes: None,
+        path_of: Callable[[str], str] = str,
     ) -> None:
         self._device = device
+        self._path_of = path_of
         self._chunks = tuple(chunks)
         self._buffers = buffers
         self._scratch = scratch
@@ -147,7 +150,7 @@ class Transfer:
     def _read_all(self) -> None:
         try:
             self._device.set_current()
-            with ChunkFiles(self._choice) as files:
+            with ChunkFiles(self._choice, self._path_of) as files:
                 while self._promise():
                     slot = self._ring.take()
                     if slot is None:

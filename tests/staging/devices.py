@@ -37,6 +37,7 @@ class GatedDevice(CountingDevice):
     def __init__(self, n_free: int = 0) -> None:
         super().__init__()
         self.gate = threading.Event()
+        self.is_held = threading.Event()  # a copy is waiting for the gate
         self.n_free = n_free
 
     def open_stream(self) -> CpuStream:
@@ -52,6 +53,7 @@ class _GatedStream(CpuStream):
     def _copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._n_copies += 1
         if self._n_copies > self._device.n_free:
+            self._device.is_held.set()
             self._device.gate.wait()
         super()._copy(destination, source)
 

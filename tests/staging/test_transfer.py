@@ -177,6 +177,7 @@ def test_a_cancelled_transfer_waits_for_the_copies_that_are_under_way(
 ) -> None:
     device = GatedDevice(n_free=1)
     transfer = stage(rows_of(checkpoint), device, staging_to(n_slots=2)).transfer
+    device.is_held.wait()
     cancelling = threading.Thread(target=transfer.cancel, name="cancelling")
     cancelling.start()
     assert not transfer._ended

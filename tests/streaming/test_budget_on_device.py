@@ -104,6 +104,16 @@ def test_a_file_that_was_cut_is_an_error_that_names_the_block(path: Path) -> Non
     assert same_bytes(output(model), output(ordinary))
 
 
+def test_a_file_that_another_one_replaces_is_read_on(path: Path) -> None:
+    model = load(path, CountingDevice(), memory_budget_bytes=BUDGET_BYTES)
+    expected = output(model)
+    path.unlink()
+    state = {key: torch.zeros(tensor.shape) for key, tensor in device_stack().state_dict().items()}
+    save_file(state, path, {"format": "pt"})
+    for _ in range(2):
+        assert same_bytes(output(model), expected)
+
+
 def test_a_model_that_is_dropped_ends_what_is_under_way(path: Path) -> None:
     model = load(path, CountingDevice(), memory_budget_bytes=BUDGET_BYTES)
     del model
