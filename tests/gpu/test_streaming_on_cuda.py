@@ -1,0 +1,84 @@
+"""Weights that arrive later, or for each forward, on CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastload
+from fastload import hf
+from tests.cold import make_cold, wait_for_no_threads
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda:0"
+IDS = torch.arange(1, 9).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of eight blocks of 25 MB."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = fastload.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=3584,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    fastload.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(IDS.to(DEVICE)).logits
+    return found.cpu()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_cold", [False, True])
+@pytest.mark.parametrize("way", [{"stream": True}, {"lazy": True}], ids=" and ".join)
+@pytest.mark.parametrize("face", [fastload, hf])
+def test_a_forward_right_after_the_load_is_right(
+    folder: Path, face: Any, way: dict[str, bool], is_cold: bool, dtype: str
+) -> None:
+    expected = logits(face.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype=dtype))
+    if is_cold:
+        make_cold(folder / "model.safetensors")
+    model = face.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype=dtype, **way)
+    assert model.device == torch.device(DEVICE)
+    assert torch.equal(logits(model), expected)
+    fastload.wait(model)
+    assert {parameter.device for parameter in model.parameters()} == {torch.device(DEVICE)}
+    wait_for_no_threads()
+
+
+@pytest.mark.parametrize("face", [fastload, hf])
+def test_a_model_larger_than_its_budget_runs_within_it(folder: Path, face: Any) -> None:
+    expected = logits(face.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype="float32"))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = face.AutoModelForCausalLM.from_pretrained(
+        folder, device_map=DEVICE, dtype="float32", memory_budget=110_000_000
+    )
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+    # The budget is of weights; activations of eight tokens come on top, and what cuBLAS takes for itself.
+    assert torch.cuda.max_memory_allocated() - before < 110_000_000 + (64 << 20)
+
+
+def test_what_does_not_fit_passes_through_the_device(folder: Path) -> None:
+    expected = logits(fastload.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype="float32"))
+    model = fastload.AutoModelForCausalLM.from_pretrained(
+        folder, device_map="auto", dtype="float32", max_memory={0: "150MB", "cpu": "10GB"}
+    )
+    assert "cpu" in model.hf_device_map.values()
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
