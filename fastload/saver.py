@@ -21,6 +21,7 @@ from fastload.options import Durability, FileOptions, parse_durability
 from fastload.plan.sharding import parse_size, split_into_shards
 from fastload.sources.commit import FolderCommit
 from fastload.sources.names import candidates, shard_name
+from fastload.storage.devices import Devices, device_for
 from fastload.storage.sharing import byte_span
 from fastload.storing import Shard, Stored, as_bin, as_safetensors
 
@@ -102,6 +103,7 @@ def save_checkpoint(
     progress: Callable[[int], None] | None = None,
     durability: Durability = "full",
     incremental: bool = False,
+    devices: Devices = device_for,
 ) -> SaveReport:
     """Replace the checkpoint of a folder by this one.
 
@@ -131,6 +133,7 @@ def save_checkpoint(
         incremental: keep shards of the folder's earlier save that have the names, shapes and values to be written.
             That is seen from the checksums in their headers: the tensors are read, the files are not (`fastload verify`
             reads them). For safetensors.
+        devices: the device of a name, for tensors of a safetensors file that are copied out while others are written.
 
     Raises:
         OptionError: an argument cannot be meant, or something in state_dict cannot be saved; all such are named.
@@ -143,7 +146,7 @@ def save_checkpoint(
     small_files = _encoded(extra_files or {}, variant)
     tensors = checked_tensors(state_dict, deferred or {})
     if safe_serialization:
-        content = as_safetensors(tensors, tied or {}, checked_metadata(metadata or {}), deferred or {})
+        content = as_safetensors(tensors, tied or {}, checked_metadata(metadata or {}), deferred or {}, devices)
     elif incremental:
         raise OptionError(
             "a .bin has no checksums to know it again by", fix="save as safetensors, or leave incremental out"

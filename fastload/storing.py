@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import IO, Protocol, TypeAlias, cast
 
@@ -19,10 +21,12 @@ import torch
 
 from fastload import dtypes
 from fastload.errors import SaveError
-from fastload.formats.checksums import CHECKSUMS, blank_checksums, n_blocks, seal, unseal
+from fastload.formats.checksums import BLOCK_BYTES, CHECKSUMS, blank_checksums, n_blocks, seal, unseal
 from fastload.formats.safetensors import encode_header
+from fastload.storage.devices import Device, Devices, device_for
 from fastload.storage.hashing import block_checksums
 from fastload.storage.sharing import Cluster, find_clusters, identity, rehouse
+from fastload.storage.unloading import unload
 from fastload.storage.writing import FileWriter, TorchSaveTarget, tensor_bytes
 
 __all__ = ["Shard", "Stored", "as_bin", "as_safetensors"]
@@ -67,6 +71,7 @@ def as_safetensors(
     tied: Mapping[str, str],
     metadata: Mapping[str, str],
     deferred: Deferred,
+    devices: Devices = device_for,
 ) -> Stored:
     """Tensors that are the same memory are stored under one name.
 
@@ -78,6 +83,7 @@ def as_safetensors(
         tied: key -> key of which it is a duplicate, and which is the one to be stored.
         metadata: text to store beside ``{"format": "pt"}``.
         deferred: key of a tensor on the meta device -> what loads it.
+        devices: the device of a name, for tensors that are copied out by `unload`.
     """
     # The place of the checksums is taken, so that no tied name is noted there.
     metadata = {"format": "pt", **metadata, CHECKSUMS: ""}
@@ -94,7 +100,7 @@ def as_safetensors(
     def prepare(keys: Sequence[str]) -> Shard:
         here = set(keys)
         notes = {key: kept for key, kept in dropped.items() if kept in here}
-        return _SafetensorsShard.of({key: stored[key] for key in keys}, {**metadata, **notes}, deferred)
+        return _SafetensorsShard.of({key: stored[key] for key in keys}, {**metadata, **notes}, deferred, devices)
 
     return Stored(
         sizes={key: tensor.numel() * tensor.element_size() for key, tensor in stored.items()},
@@ -135,32 +141,41 @@ class _SafetensorsShard:
         header: its first bytes, with zeros for the checksums.
         tensors: in the order of the file.
         deferred: as for ``as_safetensors``.
+        on_device: key of a tensor on a device -> the device, in the order of the file.
     """
 
     header: bytes
     tensors: dict[str, torch.Tensor]
     deferred: Deferred
+    on_device: dict[str, Device]
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], deferred: Deferred
+        cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], deferred: Deferred, devices: Devices
     ) -> _SafetensorsShard:
         entries = [(key, dtypes.from_torch(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
         blank = blank_checksums(_n_bytes(tensor) for tensor in tensors.values())
         header, offsets = encode_header(entries, {**metadata, CHECKSUMS: blank})
-        return cls(header, {key: tensors[key] for key in offsets}, deferred)
+        device_of = cache(lambda device: devices(str(device)))
+        found = {key: None if key in deferred else device_of(tensors[key].device) for key in offsets}
+        on_device = {key: device for key, device in found.items() if device is not None}
+        return cls(header, {key: tensors[key] for key in offsets}, deferred, on_device)
 
     def write(self, writer: FileWriter) -> str:
         late = [key for key, tensor in self.tensors.items() if not self._is_at_hand(key, tensor)]
         blocks = self._blocks_at_hand()
         header, whole = (self.header, "") if late else seal(self.header, _joined(self.tensors, blocks))
         writer.write(header)
-        for key, tensor in self.tensors.items():
-            data = tensor_bytes(_value(key, tensor, self.deferred))
-            if key not in blocks:
-                blocks[key] = block_checksums([data])
-            writer.write(data)
-            del data  # before the next one is loaded
+        with ExitStack() as unloading:
+            pieces = self._unload(unloading)
+            for key, tensor in self.tensors.items():
+                found = []
+                for data in self._data(key, tensor, pieces):
+                    if key not in blocks:
+                        found += block_checksums([data])
+                    writer.write(data)
+                    del data  # before the next one is loaded
+                blocks.setdefault(key, found)
         if late:
             header, whole = seal(self.header, _joined(self.tensors, blocks))
             writer.write_again(header)
@@ -184,9 +199,28 @@ class _SafetensorsShard:
         header, whole = seal(self.header, _joined(self.tensors, blocks))
         return whole if header == found else None
 
+    def _unload(self, closing: ExitStack) -> dict[str, Iterator[memoryview]]:
+        """Key of a tensor on a device -> the pieces of all tensors there, of which its own come next in its turn."""
+        pieces: dict[str, Iterator[memoryview]] = {}
+        keys_of: dict[str, list[str]] = {}
+        for key, device in self.on_device.items():
+            keys_of.setdefault(device.name, []).append(key)
+        for keys in keys_of.values():
+            coming = unload([self.tensors[key] for key in keys], self.on_device[keys[0]], BLOCK_BYTES)
+            closing.callback(coming.close)
+            pieces |= dict.fromkeys(keys, coming)
+        return pieces
+
+    def _data(self, key: str, tensor: torch.Tensor, pieces: Mapping[str, Iterator[memoryview]]) -> Iterable[memoryview]:
+        """A tensor's bytes: in one piece, or in blocks as they come from a device."""
+        if key in pieces:
+            return islice(pieces[key], n_blocks(_n_bytes(tensor)))
+        return [tensor_bytes(_value(key, tensor, self.deferred))]
+
     def _is_at_hand(self, key: str, tensor: torch.Tensor) -> bool:
         """Whether the tensor's bytes are in memory as they will be in the file."""
-        return key not in self.deferred and tensor.device.type == "cpu" and tensor.is_contiguous()
+        is_elsewhere = key in self.on_device or key in self.deferred or tensor.device.type != "cpu"
+        return not is_elsewhere and tensor.is_contiguous()
 
     def _blocks_at_hand(self) -> dict[str, list[str]]:
         at_hand = {key: tensor for key, tensor in self.tensors.items() if self._is_at_hand(key, tensor)}
