@@ -130,6 +130,17 @@ class FormatError(FastloadError):
 class TruncatedFileError(FormatError):
     """The file ends before its contents do, or was cut after it was opened."""
 
+    @classmethod
+    def since_opened(cls, file: str, expected_bytes: int, found_bytes: int) -> TruncatedFileError:
+        """Of a weight file that is shorter than it was when its header was read."""
+        return cls(
+            "a weight file was cut after its header was read",
+            file=file,
+            expected=f"{expected_bytes} bytes",
+            found=f"{found_bytes} bytes",
+            fix="wait until whoever writes it is done, then load again",
+        )
+
 
 class ChangedFileError(FormatError):
     """The file was replaced or rewritten after its header was read, so that the header says nothing of its bytes."""

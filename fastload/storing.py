@@ -22,7 +22,7 @@ import torch
 from fastload import dtypes
 from fastload.errors import SaveError
 from fastload.formats.checksums import BLOCK_BYTES, CHECKSUMS, blank_checksums, n_blocks, seal, unseal
-from fastload.formats.safetensors import encode_header
+from fastload.formats.safetensors_layout import encode_header
 from fastload.storage.devices import Device, Devices, device_for
 from fastload.storage.hashing import block_checksums
 from fastload.storage.sharing import Cluster, find_clusters, identity, rehouse

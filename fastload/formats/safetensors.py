@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and written without torch and without the safetensors package.
+"""The header of a safetensors file, read without torch and without the safetensors package.
 
 A file is a little-endian u64, that many bytes of JSON, and the bytes of the tensors without holes:
 
@@ -23,7 +23,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from math import isinf, prod
 from operator import itemgetter, sub
@@ -33,31 +33,28 @@ from fastload.dtypes import DTYPES, DType, from_code
 from fastload.errors import (
     CheckpointNotFoundError,
     HeaderError,
-    OptionError,
     TruncatedFileError,
     UnknownDtypeError,
     UnreadableFileError,
 )
 from fastload.formats.specs import FileContents, Region, TensorSpec
 
-__all__ = ["DATA_ALIGNMENT", "MAX_HEADER_BYTES", "encode_header", "read_header"]
+__all__ = ["CODES", "MAX_HEADER_BYTES", "METADATA", "PREFIX_BYTES", "read_header"]
 
 # The official reader's limit; the official writer can make no larger header that could be read.
 MAX_HEADER_BYTES = 100_000_000
-# Data that starts on a page can be mapped page by page, into a fused parameter too.
-DATA_ALIGNMENT = 4096
 
-_PREFIX_BYTES = 8
-_METADATA = "__metadata__"
+PREFIX_BYTES = 8
+METADATA = "__metadata__"
 # torch counts elements in a signed 64-bit integer.
 _MAX_ELEMENTS = 2**63 - 1
 # Of an integer that a count can be; longer ones are read as floating point numbers, as the official reader does.
 _MAX_DIGITS = 20
 # Braces and brackets around each other, as the official reader counts them.
 _MAX_DEPTH = 127
-_CODES = {code: dtype for code, dtype in DTYPES.items() if code != "C128"}
+CODES = {code: dtype for code, dtype in DTYPES.items() if code != "C128"}
 
-_USUAL_METADATA = re.compile(rf'\{{"{_METADATA}": ?')
+_USUAL_METADATA = re.compile(rf'\{{"{METADATA}": ?')
 _USUAL_ENTRY = re.compile(
     r'"([^"\\\x00-\x1f]*)": ?'
     r'\{("dtype": ?"[A-Z0-9_]+", ?"shape": ?\[[0-9, ]*\]), ?'
@@ -117,7 +114,7 @@ def read_header(path: str) -> FileContents:
             fix="make sure that this is a safetensors file",
         )
     metadata, columns = _parse_usual(path, text) or _parse_json(path, text)
-    data_offset = _PREFIX_BYTES + len(raw)
+    data_offset = PREFIX_BYTES + len(raw)
     columns = _checked_layout(path, columns, status.st_size - data_offset)
     # tuple.__new__ makes a named tuple at a third of the price of calling its class.
     offsets = [data_offset + begin for begin in columns.begins]
@@ -136,8 +133,8 @@ def _read_raw(path: str) -> tuple[bytes, os.stat_result]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            n_header_bytes = _header_length(path, _pread(descriptor, _PREFIX_BYTES, 0), status.st_size)
-            raw = _pread(descriptor, n_header_bytes, _PREFIX_BYTES)
+            n_header_bytes = _header_length(path, _pread(descriptor, PREFIX_BYTES, 0), status.st_size)
+            raw = _pread(descriptor, n_header_bytes, PREFIX_BYTES)
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
@@ -160,11 +157,11 @@ def _pread(descriptor: int, n_bytes: int, offset_bytes: int) -> bytes:
 
 
 def _header_length(path: str, prefix: bytes, n_file_bytes: int) -> int:
-    if len(prefix) < _PREFIX_BYTES:
+    if len(prefix) < PREFIX_BYTES:
         raise TruncatedFileError(
             "the file is too short to be a safetensors file",
             file=path,
-            expected=f"at least {_PREFIX_BYTES} bytes",
+            expected=f"at least {PREFIX_BYTES} bytes",
             found=f"{len(prefix)} bytes",
             fix="download or copy the file again",
         )
@@ -177,7 +174,7 @@ def _header_length(path: str, prefix: bytes, n_file_bytes: int) -> int:
             found=f"{n_header_bytes:,} bytes",
             fix="make sure that this is a safetensors file",
         )
-    if _PREFIX_BYTES + n_header_bytes > n_file_bytes:
+    if PREFIX_BYTES + n_header_bytes > n_file_bytes:
         raise TruncatedFileError(
             "the file ends before its header does",
             file=path,
@@ -206,7 +203,7 @@ def _parse_usual(path: str, text: str) -> tuple[dict[str, str], _Columns] | None
     keys, forms, begins, ends = (pieces[group::5] for group in (1, 2, 3, 4))
     unique = set(keys)
     # What stands between the matches, before the first and after the last has to be nothing.
-    if not keys or any(pieces[::5]) or len(unique) != len(keys) or _METADATA in unique:
+    if not keys or any(pieces[::5]) or len(unique) != len(keys) or METADATA in unique:
         return None
     # A checkpoint has few pairs of type and shape, each many times over.
     known: dict[str, tuple[DType, tuple[int, ...], int]] = {}
@@ -238,7 +235,7 @@ def _parse_json(path: str, text: str) -> tuple[dict[str, str], _Columns]:
     _check_depth(path, header)
     if "\\u" in text:
         _check_surrogates(path, header)
-    metadata = _checked_metadata(path, header.pop(_METADATA, None))
+    metadata = _checked_metadata(path, header.pop(METADATA, None))
     rows = []
     for key, entry in header.items():
         if not isinstance(entry, dict):
@@ -317,14 +314,14 @@ def _checked_metadata(path: str, metadata: object) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _refuse(path, _METADATA, "the metadata is not an object of texts", "text for each name", metadata)
+        _refuse(path, METADATA, "the metadata is not an object of texts", "text for each name", metadata)
     return metadata
 
 
 def _checked_form(path: str, key: str, entry: dict[str, Any]) -> tuple[DType, tuple[int, ...], int]:
     """Type, torch's shape and number of bytes of a header's entry."""
     code, counts = entry.get("dtype"), entry.get("shape")
-    dtype = _CODES.get(code) if isinstance(code, str) else None
+    dtype = CODES.get(code) if isinstance(code, str) else None
     if dtype is None:
         if code == "C128":
             raise UnknownDtypeError("the format has no such data type", file=path, key=key, found=repr(code))
@@ -405,73 +402,3 @@ def _refuse(path: str, key: str, problem: str, expected: str, found: object) -> 
 def _shortened(found: object) -> str:
     text = found if isinstance(found, str) else repr(found)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def encode_header(
-    entries: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, int]]:
-    """Lay out a safetensors file.
-
-    Tensors that are whole pages come first, in the order given (a module's order is the order its forward
-    reads them in), so that each starts on a page. The others follow by descending item size, then key, so
-    that each is aligned to its items. The header is padded with spaces up to the first page of data.
-
-    Args:
-        entries: (key, dtype, shape) of each tensor, shape in torch's count of elements.
-        metadata: text for ``__metadata__``; None for ``{"format": "pt"}``.
-
-    Returns:
-        The first bytes of the file, length prefix and padding included; and the place of each tensor, in
-        bytes from the start of the file, ascending. Tensors follow each other without a gap.
-
-    Raises:
-        OptionError: a key that no file can hold, or more keys than one file can.
-        UnknownDtypeError: a data type that the format does not have.
-    """
-    sizes = {key: prod(shape) * dtype.itemsize for key, dtype, shape in entries}
-    if len(sizes) != len(entries) or _METADATA in sizes:
-        raise OptionError("a key is given twice, or is reserved", expected=f"each once, none {_METADATA!r}")
-
-    def rank(entry: tuple[str, DType, tuple[int, ...]]) -> tuple[bool, int, str]:
-        key, dtype, _ = entry
-        if sizes[key] and sizes[key] % DATA_ALIGNMENT == 0:
-            return False, 0, ""
-        return True, -dtype.itemsize, key
-
-    header: dict[str, Any] = {_METADATA: dict(metadata) if metadata is not None else {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    position = 0
-    for key, dtype, shape in sorted(entries, key=rank):
-        offsets[key] = position
-        end = position + sizes[key]
-        counts = _header_shape(key, dtype, shape)
-        header[key] = {"dtype": dtype.code, "shape": counts, "data_offsets": [position, end]}
-        position = end
-    try:
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        found = ascii(error.object[error.start : error.end])
-        raise OptionError("a key or a metadata text is not Unicode", found=found) from None
-    n_bytes = -(-(_PREFIX_BYTES + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
-    if n_bytes - _PREFIX_BYTES > MAX_HEADER_BYTES:
-        raise OptionError(
-            "too many tensors for the header of one file",
-            expected=f"a header of at most {MAX_HEADER_BYTES:,} bytes",
-            found=f"{n_bytes:,} bytes for {len(entries):,} tensors",
-            fix="save in smaller shards",
-        )
-    data = (n_bytes - _PREFIX_BYTES).to_bytes(_PREFIX_BYTES, "little") + text
-    return data.ljust(n_bytes, b" "), {key: n_bytes + offset for key, offset in offsets.items()}
-
-
-def _header_shape(key: str, dtype: DType, shape: tuple[int, ...]) -> list[int]:
-    """The shape as a header counts it; UnknownDtypeError where the format cannot hold the tensor."""
-    packed = dtype.elements_per_item
-    if dtype.code not in _CODES or (packed != 1 and not shape):
-        raise UnknownDtypeError(
-            "safetensors has no way to hold this tensor",
-            key=key,
-            found=f"{dtype.torch_name} {list(shape)}",
-            fix="convert the tensor, or save as .bin",
-        )
-    return list(shape) if packed == 1 else [*shape[:-1], shape[-1] * packed]

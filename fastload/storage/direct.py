@@ -146,7 +146,9 @@ class ChunkFiles:
             at = read.at_bytes + done
             n_read = os.preadv(descriptor, [slot[at : at + n]], read.offset_bytes + done)
             if not n_read:
-                raise _cut(file, read.offset_bytes + read.n_bytes, os.fstat(descriptor).st_size)
+                raise TruncatedFileError.since_opened(
+                    file, read.offset_bytes + read.n_bytes, os.fstat(descriptor).st_size
+                )
             done += n_read
         return True
 
@@ -203,13 +205,3 @@ def _is_worth_a_trial(file: str) -> bool:
     finally:
         os.close(descriptor)
     return found.n_resident_bytes is not None and 2 * found.n_cold_bytes > found.n_bytes
-
-
-def _cut(file: str, expected: int, found: int) -> TruncatedFileError:
-    return TruncatedFileError(
-        "a weight file was cut after its header was read",
-        file=file,
-        expected=f"{expected} bytes",
-        found=f"{found} bytes",
-        fix="wait until whoever writes it is done, then load again",
-    )

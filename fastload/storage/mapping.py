@@ -168,13 +168,7 @@ class MappedFile:
 
 def _check_size(path: str, expected: int, found: int) -> None:
     if found < expected:
-        raise TruncatedFileError(
-            "a weight file was cut after its header was read",
-            file=path,
-            expected=f"{expected} bytes",
-            found=f"{found} bytes",
-            fix="wait until whoever writes it is done, then load again",
-        )
+        raise TruncatedFileError.since_opened(path, expected, found)
 
 
 def open_unchanged(path: str, n_file_bytes: int, modified_ns: int | None, opened: int | None = None) -> int:

@@ -134,17 +134,8 @@ class ReadFile(MappedFile):
                     "a weight file cannot be read", file=self.path, found=error.strerror
                 ) from error
             if n == 0:
-                raise self._cut(offset + len(destination), offset)
+                raise TruncatedFileError.since_opened(self.path, offset + len(destination), offset)
             offset, destination = offset + n, destination[n:]
-
-    def _cut(self, expected: int, found: int) -> TruncatedFileError:
-        return TruncatedFileError(
-            "a weight file was cut after its header was read",
-            file=self.path,
-            expected=f"{expected} bytes",
-            found=f"{found} bytes",
-            fix="wait until whoever writes it is done, then load again",
-        )
 
 
 def _place(spec: TensorSpec) -> tuple[int, int, torch.dtype]:

@@ -280,7 +280,7 @@ def _read(run: FilePiece, destination: memoryview, descriptors: dict[str, int]) 
         except OSError as error:
             raise UnreadableFileError("a weight file cannot be read", file=file, found=error.strerror) from error
         if n == 0:
-            raise _cut(file, file_offset + n_bytes, file_offset + done)
+            raise TruncatedFileError.since_opened(file, file_offset + n_bytes, file_offset + done)
         done += n
 
 
@@ -296,14 +296,4 @@ def _check_sizes(runs: list[FilePiece], descriptors: dict[str, int]) -> None:
     sizes = {file: os.fstat(descriptor).st_size for file, descriptor in descriptors.items()}
     for run in runs:
         if run.file_offset + run.n_bytes > sizes[run.file]:
-            raise _cut(run.file, run.file_offset + run.n_bytes, sizes[run.file])
-
-
-def _cut(file: str, expected: int, found: int) -> TruncatedFileError:
-    return TruncatedFileError(
-        "a weight file was cut after its header was read",
-        file=file,
-        expected=f"{expected} bytes",
-        found=f"{found} bytes",
-        fix="wait until whoever writes it is done, then load again",
-    )
+            raise TruncatedFileError.since_opened(run.file, run.file_offset + run.n_bytes, sizes[run.file])

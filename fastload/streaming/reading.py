@@ -164,7 +164,7 @@ def read_plainly(extent: Extent, files: Descriptors, buffer: memoryview | None =
         while at < end:
             n = os.preadv(descriptor, [buffer[: end - at]], at)
             if n == 0:
-                raise _cut(extent.file, end, at)
+                raise TruncatedFileError.since_opened(extent.file, end, at)
             at += n
 
 
@@ -185,7 +185,7 @@ def _read(own: threading.local, files: Descriptors, scattered: bool, chunk: Exte
 def _n_missing(descriptor: int, extent: Extent) -> int:
     end, size = extent.offset_bytes + extent.n_bytes, os.fstat(descriptor).st_size
     if size < end:
-        raise _cut(extent.file, end, size)
+        raise TruncatedFileError.since_opened(extent.file, end, size)
     return extent.n_bytes - (resident_bytes(descriptor, extent.offset_bytes, extent.n_bytes) or 0)
 
 
@@ -198,13 +198,3 @@ def _named(file: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise UnreadableFileError("a weight file cannot be read", file=file, found=error.strerror) from error
-
-
-def _cut(file: str, expected: int, found: int) -> TruncatedFileError:
-    return TruncatedFileError(
-        "a weight file was cut while a model stood on it",
-        file=file,
-        expected=f"{expected} bytes",
-        found=f"{found} bytes",
-        fix="load the model again from a whole file",
-    )

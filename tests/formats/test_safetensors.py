@@ -25,7 +25,8 @@ from fastload.errors import (
     UnknownDtypeError,
     UnreadableFileError,
 )
-from fastload.formats.safetensors import DATA_ALIGNMENT, encode_header, read_header
+from fastload.formats.safetensors import read_header
+from fastload.formats.safetensors_layout import DATA_ALIGNMENT, encode_header
 from fastload.formats.specs import FileContents
 
 ENTRY = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
