@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         by_number = f"/proc/self/fd/{self._descriptors.get(path)}"
         return by_number if os.path.exists(by_number) else path
 
-    def read_ahead(self, *, in_file_order: bool = False) -> Prefetch | None:
+    def read_ahead(self, specs: Iterable[TensorSpec] | None = None, *, in_file_order: bool = False) -> Prefetch | None:
         """Read what is cold in the background, in the order in which a model will use it. None if all is warm.
 
         What is done is added to the notes. Files that are being read ahead already are joined.
+
+        Args:
+            specs: what to read; None for all tensors.
+            in_file_order: all of the files, from their beginnings.
         """
-        reading = read_ahead(self.files, () if in_file_order else self.specs.values())
+        wanted = self.specs.values() if specs is None else specs
+        reading = read_ahead(self.files, () if in_file_order else wanted)
         if reading is not None:
             self.notes = (*self.notes, reading.note)
         return reading

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,28 +18,26 @@ from torch import nn
 
 from fastload.checkpoint import Checkpoint, open_checkpoint
 from fastload.detaching import detach
-from fastload.dtypes import to_torch
-from fastload.errors import IncompleteModelError, OptionError
+from fastload.errors import OptionError
+from fastload.finishing import Initialiser, finish, incomplete, left_empty, local_part, placeholder
 from fastload.options import PINNED_BYTES, LoadOptions, parse_dtype
 from fastload.pauses import paused_collector
 from fastload.placement.device import Staging, begin_pinning, has_staged_rows
-from fastload.placement.modules import give
 from fastload.placement.network import read_apart
 from fastload.placement.placing import place_all
 from fastload.plan.fusing import Fusion
 from fastload.plan.keys import KeyRules
-from fastload.plan.planning import device_finder, plan_model, plan_state_dict, target_dtype
-from fastload.plan.rows import Action, LoadPlan
+from fastload.plan.planning import plan_model, plan_state_dict
+from fastload.plan.rows import Action
 from fastload.plan.sharding import parse_size
 from fastload.plan.slots import Slot, describe_modules, walk_modules
-from fastload.reports import LoadReport, Stopwatch, collapse_keys
+from fastload.reports import LoadReport, Stopwatch
 from fastload.storage.devices import Devices, device_for
 from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
 from fastload.streaming.arrivals import Arrivals, parse_memory_budget
 
 __all__ = [
-    "Initialiser",
     "fill_module",
     "load_model",
     "load_state_dict",
@@ -48,11 +46,6 @@ __all__ = [
     "report",
 ]
 
-Initialiser = Callable[[nn.Module, str, torch.Tensor], None]
-"""Gives one parameter of one module its random first values: (owner, name in the owner, tensor)."""
-
-# Most attributes of a module are of these types; looking at the type alone is what makes the audit cheap.
-_PLAIN_TYPES = frozenset({bool, dict, float, int, list, NoneType, OrderedDict, set, str, tuple})
 _REPORTS: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
 
 
@@ -128,12 +121,15 @@ def load_model(
     """Fill any module from a checkpoint.
 
     A parameter on the meta device becomes a view of the mapped file (or a tensor on ``device``); one that has memory
-    keeps it and is overwritten in place, so that optimisers and hooks that hold it stay right.
+    keeps it and is overwritten in place, so that optimisers and hooks that hold it stay right. Of a DTensor (after
+    `parallelize_module`, `fully_shard`, or both) each rank reads and makes its own part; ranks do not wait for each
+    other.
 
     Args:
         module: the module, built on meta or for real.
         path: a folder, one weight file, an index, or a hub id.
-        device: where parameters on meta shall be made; None for the CPU.
+        device: where parameters on meta shall be made; None for the CPU, or for this rank's device of the mesh where
+            parameters are DTensors.
         dtype: type for floating point parameters on meta; None for the one the module was built with.
         strict: raise KeyMatchError on any missing, unexpected or mismatched key, before anything is changed.
         ignore_mismatched_sizes: leave parameters alone whose shape differs (they must have memory).
@@ -154,9 +150,10 @@ def load_model(
         IncompleteModelError: something would be left on meta.
     """
     clock = Stopwatch()
+    home = _mesh_device(module)
     options = LoadOptions(
         dtype=parse_dtype(dtype),
-        device_map={"": str(device or "cpu")},
+        device_map={"": str(device or home or "cpu")},
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         key_mapping=key_mapping,
@@ -170,7 +167,7 @@ def load_model(
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
             begin_pinning(options.device_map.values(), checkpoint.n_bytes, Staging(device_for, options.pinned_bytes))
-            if memory_budget is None:
+            if memory_budget is None and home is None:
                 checkpoint.read_ahead()
         if verify:
             with clock("verify"):
@@ -216,14 +213,20 @@ def fill_module(
     rules = rules or KeyRules()
     with clock("plan"):
         modules = walk_modules(module)
-        slots = describe_modules(modules)
+        slots = _with_boxes(describe_modules(modules), modules, options)
         plan = plan_model(checkpoint.specs, slots, options, rules, source)
-        empty = _left_empty(plan, slots)
+        is_part = any(slot.box for slot in slots.values())
+        if is_part and (in_one_run := [row.spec for row in plan.rows if row.action is not Action.SLICE]):
+            # What lies between the rows of a slice is another rank's, and not read ahead.
+            checkpoint.read_ahead(in_one_run)
+        empty = left_empty(plan, slots)
         if initialise is None and empty:
-            raise _incomplete("the files do not have these parameters, and the module has no values for them", empty)
+            raise incomplete("the files do not have these parameters, and the module has no values for them", empty)
         arrivals = Arrivals(modules, plan, options, {fqn: slot.tied_to for fqn, slot in slots.items()})
     with clock("place"):
-        existing = _tensors_of(module) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
+        existing = (
+            _memory_of(module, slots) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
+        )
         open_file: Callable[[str], MappedFile] = checkpoint.open_file
         if arrivals.reads_all:
             beside_a_device = has_staged_rows(plan, staging)
@@ -231,12 +234,12 @@ def fill_module(
         now, later = arrivals.split(plan)
         placed = place_all(now, open_file, staging, existing, title=os.path.basename(source) or source)
         # What is still to come is tied and finished with what stands for it.
-        tensors = placed.tensors | {row.fqn: _placeholder(modules, row.fqn) for row in later.all_rows}
+        tensors = placed.tensors | {row.fqn: placeholder(modules, row.fqn) for row in later.all_rows}
         n_remapped_bytes = placed.n_remapped_bytes
         n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     with clock("finish"):
         notes = [*checkpoint.notes, *placed.notes]
-        notes += _finish(modules, slots, plan, tensors, empty, options, rules, initialise)
+        notes += finish(modules, slots, plan, tensors, empty, options, rules, initialise)
         notes += arrivals.begin(module, open_file, staging)
     bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
     if options.detached:
@@ -264,146 +267,39 @@ def fill_module(
     return result
 
 
+def _mesh_device(module: nn.Module) -> str | None:
+    """Where the parts of a module's DTensors belong; None if it has none."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None  # nobody can have made one
+    from fastload.distributed import mesh_device
+
+    return mesh_device(walk_modules(module))
+
+
+def _with_boxes(slots: dict[str, Slot], modules: Mapping[str, nn.Module], options: LoadOptions) -> dict[str, Slot]:
+    """The slots, those of DTensors with the part that this rank owns."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return slots
+    from fastload.distributed import boxes_of
+
+    boxes = boxes_of(modules)
+    if boxes and (options.is_deferred or options.memory_budget_bytes is not None):
+        raise OptionError(
+            "what is laid out over ranks cannot arrive later",
+            key=next(iter(boxes)),
+            found="stream, lazy or a memory_budget for a module with DTensors",
+            fix="leave out these options",
+        )
+    return {fqn: slot._replace(box=boxes.get(fqn)) for fqn, slot in slots.items()} if boxes else slots
+
+
 def _all_copied(counts: dict[str, int]) -> dict[str, int]:
     """Source bytes by what was done, after what stood on the files was given memory of its own."""
     n_mapped_bytes = counts.pop(Action.MAP.value, 0) + counts.pop(Action.REMAP.value, 0)
     return {Action.COPY.value: counts.pop(Action.COPY.value, 0) + n_mapped_bytes, **counts}
 
 
-def _left_empty(plan: LoadPlan, slots: Mapping[str, Slot]) -> list[str]:
-    """Names on meta that no row fills, directly or through a tie; of a tied group the first name stands for all."""
-    placed = [*(row.fqn for row in plan.rows), *(row.fqn for row in plan.fused)]
-    filled = {slots[fqn].tied_to or fqn for fqn in placed}
-    return [
-        fqn
-        for fqn, slot in slots.items()
-        if slot.on_meta and slot.persistent and slot.tied_to is None and fqn not in filled
-    ]
-
-
-def _finish(
-    owners: Mapping[str, nn.Module],
-    slots: Mapping[str, Slot],
-    plan: LoadPlan,
-    tensors: Mapping[str, torch.Tensor],
-    empty: list[str],
-    options: LoadOptions,
-    rules: KeyRules,
-    initialise: Initialiser | None,
-) -> list[str]:
-    """Put the tensors into the module, tie, initialise what no file has, audit. Returns what is worth a note."""
-    device_of = device_finder(options.device_map)
-    made = {fqn: _as_slot(owners, fqn, tensor) for fqn, tensor in tensors.items() if slots[fqn].on_meta}
-    for fqn in empty:
-        dtype = to_torch(target_dtype(slots[fqn], options.dtype, rules))
-        made[fqn] = _as_slot(owners, fqn, torch.empty(slots[fqn].shape, dtype=dtype, device=device_of(fqn)))
-    notes = _tie(slots, plan, made)
-    for fqn, tensor in made.items():
-        owner, name = _owner(owners, fqn)
-        give(owner, name, tensor)
-    if initialise is not None:
-        with torch.no_grad():
-            for fqn in empty:
-                initialise(*_owner(owners, fqn), made[fqn])
-    _place_computed_buffers(owners, slots, device_of)
-    _audit(owners, slots)
-    return notes
-
-
-def _as_slot(owners: Mapping[str, nn.Module], fqn: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as the kind of object that it replaces: a parameter with its attributes, or a buffer."""
-    owner, name = _owner(owners, fqn)
-    old = owner._parameters.get(name)
-    if old is None:
-        return tensor
-    new = nn.Parameter(tensor, old.requires_grad and (tensor.is_floating_point() or tensor.is_complex()))
-    if old.__dict__:
-        new.__dict__.update(old.__dict__)
-    return new
-
-
-def _tie(slots: Mapping[str, Slot], plan: LoadPlan, made: dict[str, torch.Tensor]) -> list[str]:
-    """Give every name of a tied group the one parameter, whichever of the names the files had.
-
-    Where the files have two names of a group with different values, each keeps its own: the checkpoint knows better
-    than the config. As transformers does.
-    """
-    groups: dict[str, list[str]] = {}
-    for fqn, slot in slots.items():
-        if slot.tied_to is not None and slot.on_meta and slot.persistent:
-            groups.setdefault(slot.tied_to, [slot.tied_to]).append(fqn)
-    regions = {row.fqn: row.spec.region for row in plan.rows}
-    notes = []
-    for names in groups.values():
-        present = [fqn for fqn in names if fqn in made]
-        first = present[0]
-        for fqn in names:
-            is_one_region = fqn in regions and regions[fqn] == regions.get(first)
-            if fqn not in made or is_one_region or _same_bytes(made[fqn], made[first]):
-                made[fqn] = made[first]
-            else:
-                notes.append(f"{fqn} and {first} are tied in the config but differ in the files: left untied")
-    return notes
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b:
-        return True
-    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
-        return False
-    return torch.equal(a.detach().reshape(-1).view(torch.uint8), b.detach().reshape(-1).view(torch.uint8))
-
-
-def _place_computed_buffers(
-    owners: Mapping[str, nn.Module], slots: Mapping[str, Slot], device_of: Callable[[str], str]
-) -> None:
-    """Move the buffers that no file has to the device of the parameters around them."""
-    for fqn, slot in slots.items():
-        if not slot.persistent and not slot.on_meta and device_of(fqn) != "cpu":
-            owner, name = _owner(owners, fqn)
-            owner._buffers[name] = owner._buffers[name].to(device_of(fqn))  # type: ignore[union-attr]
-
-
-def _audit(owners: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> None:
-    """Raise if anything is left on meta: computed buffers, and tensors that are plain attributes of a module.
-
-    Whatever a state dict has was placed, initialised or refused before.
-    """
-    left = [fqn for fqn, slot in slots.items() if slot.on_meta and not slot.persistent]
-    left += [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, owner in owners.items()
-        for name, value in owner.__dict__.items()
-        if type(value) not in _PLAIN_TYPES and isinstance(value, torch.Tensor) and value.is_meta
-    ]
-    if left:
-        raise _incomplete("computed when the module was built, and built on meta", left)
-
-
-def _incomplete(problem: str, names: list[str]) -> IncompleteModelError:
-    return IncompleteModelError(
-        f"the model would not be whole: {problem}",
-        key=", ".join(collapse_keys(names)),
-        expected="a value for every parameter and buffer",
-        found=f"{len(names)} without",
-        fix="name device='cpu' where a constructor computes a buffer; give parameters that no file has memory first",
-    )
-
-
-def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return dict(parameters) | dict(module.named_buffers(remove_duplicate=False))
-
-
-def _placeholder(owners: Mapping[str, nn.Module], fqn: str) -> torch.Tensor:
-    """The tensor on meta that stands for one to come."""
-    owner, name = _owner(owners, fqn)
-    held = owner._parameters.get(name)
-    placeholder = owner._buffers[name] if held is None else held
-    assert placeholder is not None
-    return placeholder.detach()
-
-
-def _owner(owners: Mapping[str, nn.Module], fqn: str) -> tuple[nn.Module, str]:
-    prefix, _, name = fqn.rpartition(".")
-    return owners[prefix], name
+def _memory_of(module: nn.Module, slots: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
+    """The memory that a module has, by name: its tensors, of DTensors the part that is here."""
+    tensors = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {fqn: local_part(tensor, slots.get(fqn)) for fqn, tensor in tensors}

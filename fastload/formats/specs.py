@@ -7,6 +7,7 @@ in a fraction of the time of a frozen dataclass.
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 from typing import NamedTuple
 
 from fastload.dtypes import DType
@@ -69,6 +70,11 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     region: Region
     view: StorageView | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its elements: fewer than its region has where other elements lie between them."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class FileContents(NamedTuple):

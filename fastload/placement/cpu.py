@@ -58,7 +58,13 @@ def _write(row: PlanRow, file: MappedFile, destination: torch.Tensor | None) -> 
     if row.action in (Action.COPY, Action.DECODE):
         # The file made this tensor memory of its own, because its bytes cannot be used where they lie.
         return source
-    if row.action is Action.FILL:
+    if row.action is Action.SLICE:
+        result = destination
+        if result is None:
+            result = torch.empty(row.spec.shape, dtype=to_torch(row.dtype), device="cpu")
+        result.copy_(source)
+        result = result.to(row.device) if row.device else result
+    elif row.action is Action.FILL:
         assert destination is not None
         destination.copy_(source)
         result = destination

@@ -101,7 +101,7 @@ class FusedSpec(NamedTuple):
     @property
     def n_bytes(self) -> int:
         """Bytes of all pieces together."""
-        return sum(piece.spec.region.n_bytes for piece in self.pieces)
+        return sum(piece.spec.n_bytes for piece in self.pieces)
 
 
 def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[dict[str, TensorSpec], list[FusedSpec]]:

@@ -9,6 +9,7 @@ from fastload.dtypes import DTYPES, DType
 from fastload.errors import KeyMatchError
 from fastload.formats.specs import TensorSpec
 from fastload.options import LoadOptions
+from fastload.plan.boxes import narrow, narrow_fused
 from fastload.plan.fusing import FusedSpec, fuse
 from fastload.plan.keys import KeyMatch, KeyRules, match_keys
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
@@ -69,10 +70,13 @@ def plan_model(
         wanted = target_dtype(slot, options.dtype, rules)
         dtype = wanted if wanted.castable and spec.dtype.castable else spec.dtype
         if isinstance(spec, FusedSpec):
+            spec = spec if slot.box is None else narrow_fused(spec, slot.box)
             if slot.on_meta:
                 fused.append(plan_fused_row(fqn, spec, dtype, device_of(fqn)))
             else:
                 fused.append(FusedRow(fqn, spec, slot.dtype, "", Action.GATHER, _HAS_MEMORY))
+        elif slot.box is not None:
+            rows.append(_plan_part(slot, spec, dtype, device_of(fqn)))
         elif slot.on_meta:
             rows.append(plan_row(fqn, spec, dtype, device_of(fqn)))
         else:
@@ -99,6 +103,19 @@ def plan_row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
     return _new(PlanRow, (fqn, spec, dtype, device, action, reason))
 
 
+def _plan_part(slot: Slot, whole: TensorSpec, dtype: DType, device: str) -> PlanRow:
+    """How the part of a tensor that this rank owns reaches it."""
+    assert slot.box is not None
+    spec = narrow(whole, slot.box)
+    if slot.on_meta:
+        row = plan_row(slot.fqn, spec, dtype, device)
+    else:
+        row = PlanRow(slot.fqn, spec, slot.dtype, "", Action.FILL, _HAS_MEMORY)
+    if spec is whole or spec.view is None:
+        return row
+    return row._replace(action=Action.SLICE, reason="a part whose rows lie apart in the file")
+
+
 def plan_fused_row(fqn: str, spec: FusedSpec, dtype: DType, device: str) -> FusedRow:
     """How many tensors of the files become one, of a type and on a device."""
     if device != "cpu":
@@ -108,6 +125,8 @@ def plan_fused_row(fqn: str, spec: FusedSpec, dtype: DType, device: str) -> Fuse
         reason = "pages can be remapped on Linux only"
     elif dtype is not spec.dtype:
         reason = f"{spec.dtype} to {dtype}"
+    elif not spec.n_bytes:
+        reason = "empty"
     elif any(piece.spec.region.encoding or piece.spec.view for piece in spec.pieces):
         reason = "encoded, or not contiguous, in the file"
     elif not all(piece.is_contiguous for piece in spec.pieces):

@@ -37,6 +37,8 @@ class Action(Enum):
     """fused: the files' pages are mapped side by side, and only what shares a page with a neighbour is copied"""
     GATHER = "gather"
     """fused: every piece is written into its place, and converted if need be"""
+    SLICE = "slice"
+    """a rank's part whose rows do not follow each other in the file: copied side by side, and converted if need be"""
     MOVE = "move"
     """sent to another device, converted there if need be"""
 
@@ -103,6 +105,9 @@ class LoadPlan:
         counts: Counter[str] = Counter()
         seen: set[tuple[Any, ...]] = set()
         for action, rows in groupby(self.rows, attrgetter("action")):
+            if action is Action.SLICE:
+                counts[action.value] += sum(row.spec.n_bytes for row in rows)
+                continue
             regions = {row.spec.region[:3] for row in rows} - seen
             seen |= regions
             counts[action.value] += sum(n_bytes for _, _, n_bytes in regions)
@@ -134,7 +139,7 @@ class LoadPlan:
                     "key": row.spec.key,
                     "file": row.spec.region.file,
                     "offset_bytes": row.spec.region.offset_bytes,
-                    "n_bytes": row.spec.region.n_bytes,
+                    "n_bytes": row.spec.n_bytes if row.action is Action.SLICE else row.spec.region.n_bytes,
                     "from_dtype": row.spec.dtype.code,
                     "dtype": row.dtype.code,
                     "shape": list(row.spec.shape),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastload.dtypes import DType, from_torch
+from fastload.plan.boxes import Box
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ class Slot(NamedTuple):
         persistent: whether a state dict has it. A buffer that is not persistent is computed, never loaded.
         tied_to: the first name under which the module holds the same parameter object; None for that first name.
         on_meta: whether it has no values yet.
+        box: the part of it that this rank owns, if it is laid out over several; None for all of it.
     """
 
     fqn: str
@@ -35,6 +37,12 @@ class Slot(NamedTuple):
     persistent: bool = True
     tied_to: str | None = None
     on_meta: bool = True
+    box: Box | None = None
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of what this rank owns."""
+        return self.shape if self.box is None else self.box.shape
 
 
 def walk_modules(module: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,110 @@
+"""Models that torch.distributed lays out over many ranks: what of each tensor is here.
+
+The one home of torch.distributed. A module whose parameters are DTensors (after `parallelize_module`, `fully_shard`, or
+both) is filled as any other: each is described with the box that its placements give this rank, the plan is made for
+that box, and what comes of it becomes the local part of a DTensor of the same mesh and placements. There is no
+collective in a load, and no tensor is ever whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fastload.errors import OptionError
+from fastload.plan.boxes import Box, Split, box_of
+
+__all__ = ["boxes_of", "like", "local", "mesh_device"]
+
+
+def boxes_of(modules: Mapping[str, nn.Module]) -> dict[str, Box]:
+    """The boxes of those tensors of walked modules that are DTensors, by name.
+
+    Raises:
+        OptionError: a placement is not one that weights can have, or leaves this rank nothing to hold.
+    """
+    return {fqn: _box(fqn, tensor) for fqn, tensor in _dtensors(modules)}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that is on this rank; a plain tensor is all of it. It shares the tensor's memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """This rank's part as a tensor of the kind of another: a DTensor of its mesh, placements and shape, or as it is."""
+    if not isinstance(old, DTensor) or isinstance(part, DTensor):
+        return part
+    return DTensor.from_local(
+        part, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+    )
+
+
+def mesh_device(modules: Mapping[str, nn.Module]) -> str | None:
+    """Where the parts of walked modules' DTensors belong: this rank's device of their mesh; None if there are none."""
+    for _, tensor in _dtensors(modules):
+        kind = tensor.device_mesh.device_type
+        return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
+    return None
+
+
+def _dtensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, DTensor]]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return  # there is no mesh, and so no DTensor; most processes never have one
+    for prefix, module in modules.items():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if isinstance(tensor, DTensor):
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _box(fqn: str, tensor: DTensor) -> Box:
+    """The splits of a DTensor, in the order in which they were made, and what they leave."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise OptionError(
+            "this rank is not in the mesh of a parameter, and has no part of it",
+            key=fqn,
+            found=str(mesh),
+            fix="build the module on the ranks of its mesh only",
+        )
+    splits: list[Split] = []
+    # FSDP cuts what tensor parallelism left, though its dimension of the mesh comes first; DTensor calls that a strided
+    # shard. Such a cut is made after all plain ones.
+    strided: list[tuple[Split, int]] = []
+    for number, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            continue
+        # A strided shard is a Shard in some versions of torch, and a class of its own in others.
+        factor: int | None = getattr(placement, "split_factor", None)
+        if not (isinstance(placement, Shard) or factor is not None):
+            raise _unknown(fqn, tensor)
+        dim: int = placement.dim  # type: ignore[attr-defined, unused-ignore]
+        split = Split(dim % tensor.ndim, mesh.size(number), coordinate[number])
+        if factor is None:
+            splits.append(split)
+        else:
+            strided.append((split, factor))
+    for split, factor in reversed(strided):
+        if factor != prod(before.n_parts for before in splits if before.dim == split.dim):
+            raise _unknown(fqn, tensor)
+        splits.append(split)
+    box = box_of(tuple(tensor.shape), splits)
+    if box.shape != tuple(tensor._local_tensor.shape):
+        raise _unknown(fqn, tensor)
+    return box
+
+
+def _unknown(fqn: str, tensor: DTensor) -> OptionError:
+    return OptionError(
+        "a parameter is laid out over ranks in a way that fastload does not know",
+        key=fqn,
+        expected="Replicate, Shard, or the two-dimensional layout of fully_shard over parallelize_module",
+        found=f"{tensor.placements} of {list(tensor.shape)}, {list(tensor._local_tensor.shape)} here",
+    )

@@ -1,0 +1,131 @@
+"""The part of a tensor that one rank owns, and where it lies in the files.
+
+Pure. A layout over ranks is a sequence of splits: along a dimension, into parts as `torch.chunk` makes them (all of one
+size, rounded up, but for the last ones, which may be smaller or empty). What is left is a box of the tensor. Rows of
+the plan are made for that box as they are for a whole tensor: where its bytes follow each other in the file, it is a
+tensor of the file in its own right, to be mapped, converted or staged as any other; where they do not, it is a strided
+view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import NamedTuple
+
+from fastload.formats.specs import StorageView, TensorSpec, contiguous_stride
+from fastload.plan.fusing import FusedSpec, Piece
+
+__all__ = ["Box", "Split", "box_of", "narrow", "narrow_fused"]
+
+
+class Split(NamedTuple):
+    """One cut of a tensor.
+
+    Attributes:
+        dim: the dimension that is cut.
+        n_parts: into how many parts.
+        part: number of the part that is kept.
+    """
+
+    dim: int
+    n_parts: int
+    part: int
+
+
+class Box(NamedTuple):
+    """A part of a tensor, in elements: where it begins along each dimension, and its size there."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def box_of(shape: tuple[int, ...], splits: Iterable[Split]) -> Box:
+    """What splits leave of a tensor, each a cut of what those before it left."""
+    offset, sizes = [0] * len(shape), list(shape)
+    for dim, n_parts, part in splits:
+        most = -(-sizes[dim] // n_parts)
+        begin = min(most * part, sizes[dim])
+        offset[dim] += begin
+        sizes[dim] = min(most, sizes[dim] - begin)
+    return Box(tuple(offset), tuple(sizes))
+
+
+def narrow(spec: TensorSpec, box: Box) -> TensorSpec:
+    """A box of a tensor of the files, as a tensor of the files.
+
+    The same spec if the box is all of it. Otherwise its region is what lies between the first and the last of the
+    box's bytes, and its view None if there is nothing else between them.
+    """
+    if box.shape == spec.shape:
+        return spec
+    region, itemsize = spec.region, spec.dtype.itemsize
+    first, stride = spec.view or StorageView(0, contiguous_stride(spec.shape))
+    first += sum(begin * step for begin, step in zip(box.offset, stride, strict=True))
+    if region.encoding is not None:
+        # Only the whole can be decoded.
+        return spec._replace(shape=box.shape, view=StorageView(first if prod(box.shape) else 0, stride))
+    if not prod(box.shape):
+        return spec._replace(shape=box.shape, region=region._replace(n_bytes=0), view=None)
+    n_elements = 1 + sum((size - 1) * step for size, step in zip(box.shape, stride, strict=True))
+    region = region._replace(offset_bytes=region.offset_bytes + first * itemsize, n_bytes=n_elements * itemsize)
+    view = None if _is_contiguous(box.shape, stride) else StorageView(0, stride)
+    return spec._replace(shape=box.shape, region=region, view=view)
+
+
+def narrow_fused(spec: FusedSpec, box: Box) -> FusedSpec:
+    """A box of a fused tensor: those boxes of its pieces that lie in it."""
+    if box.shape == spec.shape:
+        return spec
+    stride = contiguous_stride(box.shape)
+    pieces = [part for piece in spec.pieces if (part := _part_of(piece, spec.shape, box, stride)) is not None]
+    if not pieces:
+        first = spec.pieces[0].spec
+        nothing = narrow(first, Box((0,) * len(first.shape), (0,) * len(first.shape)))
+        pieces = [Piece(nothing, 0, contiguous_stride(nothing.shape))]
+    return FusedSpec(spec.key, box.shape, tuple(pieces))
+
+
+def _part_of(piece: Piece, shape: tuple[int, ...], box: Box, stride: tuple[int, ...]) -> Piece | None:
+    """What a box has of a piece of a fused tensor of a shape; None for nothing. The stride is the box's own."""
+    steps = contiguous_stride(shape)
+    stacked = _stacked_dim(piece, shape, steps)
+    sizes = list(piece.spec.shape)
+    if stacked is not None:
+        sizes.insert(stacked, 1)
+    at = [piece.offset // step % size for step, size in zip(steps, shape, strict=True)]
+    begins = [max(begin, first) for begin, first in zip(at, box.offset, strict=True)]
+    ends = [
+        min(begin + size, first + n) for begin, size, first, n in zip(at, sizes, box.offset, box.shape, strict=True)
+    ]
+    if any(end <= begin for begin, end in zip(begins, ends, strict=True)):
+        return None
+    dims = [dim for dim in range(len(shape)) if dim != stacked]
+    inner = Box(tuple(begins[dim] - at[dim] for dim in dims), tuple(ends[dim] - begins[dim] for dim in dims))
+    offset = sum((begin - first) * step for begin, first, step in zip(begins, box.offset, stride, strict=True))
+    return Piece(narrow(piece.spec, inner), offset, tuple(stride[dim] for dim in dims))
+
+
+def _stacked_dim(piece: Piece, shape: tuple[int, ...], steps: tuple[int, ...]) -> int | None:
+    """The dimension of the fused tensor that a piece does not have; None if it has all.
+
+    Where a dimension of size 1 leaves several answers, they mean the same elements.
+    """
+    if len(piece.spec.shape) == len(shape):
+        return None
+    return next(
+        dim
+        for dim in range(len(shape))
+        if steps[:dim] + steps[dim + 1 :] == piece.stride
+        and all(n <= size for n, size in zip(piece.spec.shape, shape[:dim] + shape[dim + 1 :], strict=True))
+    )
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements follow each other in the order of a contiguous tensor; dimensions of size 1 have no say."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
