@@ -87,7 +87,7 @@ def _state_dict(
     # A function of its own, so that specs and plan are gone when the collector resumes, and it need not walk them.
     checkpoint = open_checkpoint(path, **where)
     staging = Staging(device_for, options.pinned_bytes, path_of=checkpoint.held_path)
-    begin_pinning([str(device)], checkpoint.n_bytes, staging)
+    begin_pinning([str(device)], lambda: checkpoint.n_bytes, staging)
     if verify:
         checkpoint.verify()
     plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
@@ -166,7 +166,9 @@ def load_model(
     with paused_collector():
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
-            begin_pinning(options.device_map.values(), checkpoint.n_bytes, Staging(device_for, options.pinned_bytes))
+            begin_pinning(
+                options.device_map.values(), lambda: checkpoint.n_bytes, Staging(device_for, options.pinned_bytes)
+            )
             if memory_budget is None and home is None:
                 checkpoint.read_ahead()
         if verify:

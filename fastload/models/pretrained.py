@@ -143,7 +143,7 @@ class PretrainedLoading:
                 if memory_budget is None and max_memory is None:
                     checkpoint.read_ahead()
                 pinned_bytes = parse_pinned_memory(pinned_memory)
-                begin_pinning(named_devices(device_map), checkpoint.n_bytes, Staging(device_for, pinned_bytes))
+                begin_pinning(named_devices(device_map), lambda: checkpoint.n_bytes, Staging(device_for, pinned_bytes))
                 config.dtype = _choose_dtype(dtype if torch_dtype is None else torch_dtype, config, checkpoint)
                 config.attn_implementation = attn_implementation or config.attn_implementation
             if verify:

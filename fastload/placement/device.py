@@ -179,12 +179,12 @@ def has_staged_rows(plan: LoadPlan, staging: Staging) -> bool:
     return any(staging.devices(name) is not None for name in names)
 
 
-def begin_pinning(names: Iterable[str], n_bytes: int, staging: Staging) -> None:
+def begin_pinning(names: Iterable[str], n_bytes: Callable[[], int], staging: Staging) -> None:
     """Pin host memory on a thread for a load to come, while its headers and its skeleton are made.
 
     Args:
         names: devices of the load.
-        n_bytes: size of the checkpoint.
+        n_bytes: gives the size of the checkpoint; asked for only if a device is staged.
         staging: how it will be loaded.
 
     Raises:
@@ -192,7 +192,7 @@ def begin_pinning(names: Iterable[str], n_bytes: int, staging: Staging) -> None:
     """
     devices = {device.name: device for name in names if (device := staging.devices(name)) is not None}
     for device in devices.values():
-        n_slots = min(staging.n_slots, -(-n_bytes // staging.limits.chunk_bytes))
+        n_slots = min(staging.n_slots, -(-n_bytes() // staging.limits.chunk_bytes))
         pin_ahead(device, staging.limits.chunk_bytes, n_slots * len(devices))
 
 
@@ -202,7 +202,10 @@ def _by_device(
     """The rows that staging brings to accelerators, by the accelerator's name."""
     found: dict[str, tuple[Device, list[Row]]] = {}
     devices = cache(staging.devices)
+    as_moved = Action.MOVE  # looking it up for each of many rows shows
     for row in rows:
+        if row.action is not as_moved and row.device:
+            continue
         device = _device_of(row, devices, existing)
         if device is not None:
             found.setdefault(device.name, (device, []))[1].append(row)
@@ -210,9 +213,9 @@ def _by_device(
 
 
 def _device_of(row: Row, devices: Devices, existing: Mapping[str, torch.Tensor]) -> Device | None:
-    """The device that staging brings a row to; None where it does not."""
+    """The device that staging brings a row to, which is to be moved or to fill memory; None where it does not."""
     if row.device:
-        wanted = row.device if row.action is Action.MOVE else ""
+        wanted = row.device
     else:
         tensor = existing[row.fqn]
         is_simple = tensor.is_contiguous() and type(tensor.data) is torch.Tensor

@@ -260,7 +260,7 @@ def test_too_little_pinned_memory_is_refused(checkpoint: Checkpoint) -> None:
 def test_pinning_begins_before_the_plan_and_is_not_done_twice(checkpoint: Checkpoint, staging_to: StagingTo) -> None:
     device = CountingDevice()
     staging = staging_to(device)
-    begin_pinning(["cuda:0", "cpu"], checkpoint.n_bytes, staging)
+    begin_pinning(["cuda:0", "cpu"], lambda: checkpoint.n_bytes, staging)
     state_dict_on(checkpoint, staging)
     wait_for_no_threads()
     assert device.n_pins == 4
