@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from suite.checkpoints import llama_1b, n_weight_bytes, warm_up
 from suite.fingerprint import same_output
-from suite.fresh import run_job
 from suite.outcome import Outcome, Workload, at_least, at_most
-from suite.rounds import Rounds, interleave
+from suite.rounds import Rounds
+from suite.turns import in_turns
 
 __all__ = ["FIRST_FORWARD", "STREAM"]
 
@@ -18,27 +15,10 @@ _LOADERS = ("fastload", "transformers", "accelerate", "safetensors")
 _N_PROMPT = 64
 
 
-def _jobs(rows: Mapping[str, tuple[str, ...]], rounds: int) -> tuple[Rounds, dict[str, list[float]]]:
-    """Run rows in turns, each in fresh processes; returns their measurements, and the output of each that has one."""
-    results: dict[str, dict[str, Any]] = {}
-
-    def job(row: str, command: tuple[str, ...]) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            results[row] = run_job("cold", *command)
-            metrics: dict[str, float] = results[row]["metrics"]
-            return metrics
-
-        return run
-
-    runs = {row: job(row, command) for row, command in rows.items()}
-    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
-    return measured, {row: found["output"] for row, found in results.items() if "output" in found}
-
-
 def _measure(rounds: int) -> Outcome:
     folder, tiny = llama_1b(), llama_1b(tiny=True)
-    rows = {loader: ("llama", loader, str(folder), str(tiny), "cold", "4") for loader in (*_LOADERS, "disk")}
-    measured, outputs = _jobs(rows, rounds)
+    rows = {loader: ("cold", "llama", loader, str(folder), str(tiny), "cold", "4") for loader in (*_LOADERS, "disk")}
+    measured, outputs = in_turns(rows, rounds, "output")
     same_output(outputs)
     targets = (
         at_least(
@@ -61,7 +41,7 @@ def _measure(rounds: int) -> Outcome:
 def _measure_stream(rounds: int) -> Outcome:
     folder, tiny = llama_1b(), llama_1b(tiny=True)
     rows = {
-        row: ("later", loader, str(folder), str(tiny), state, str(_N_PROMPT))
+        row: ("cold", "later", loader, str(folder), str(tiny), state, str(_N_PROMPT))
         for row, loader, state in (
             ("fastload", "stream", "cold"),
             ("read, then forward", "read", "cold"),
@@ -72,9 +52,11 @@ def _measure_stream(rounds: int) -> Outcome:
         )
     }
     # Apart, or it would always be the same row that comes after a warm one, and finds other memory free.
-    measured, outputs = _jobs({row: command for row, command in rows.items() if "cold" in command}, rounds)
+    measured, outputs = in_turns(
+        {row: command for row, command in rows.items() if command[-2] == "cold"}, rounds, "output"
+    )
     warm_up(folder)
-    warm, more = _jobs({row: command for row, command in rows.items() if "warm" in command}, rounds)
+    warm, more = in_turns({row: command for row, command in rows.items() if command[-2] == "warm"}, rounds, "output")
     measured = Rounds(measured.samples | warm.samples, measured.n_disturbed + warm.n_disturbed)
     outputs |= more
     same_output(outputs)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from suite.checkpoints import llama_1b, llama_8b, moe, n_weight_bytes, warm_up
 from suite.fingerprint import same_output
-from suite.fresh import run_job
 from suite.limited import reason_for_no_limit
 from suite.outcome import Outcome, Workload, at_least, at_most
-from suite.rounds import Rounds, interleave
+from suite.turns import in_turns
 
 __all__ = ["BIGGER", "BIGGER_MOE", "DECODE", "LARGE", "TTFT_LLAMA", "TTFT_LLAMA_COLD", "TTFT_MOE"]
 
@@ -25,23 +23,6 @@ _LARGE_BUDGET_BYTES = 4_000_000_000
 _N_TOKENS = 64
 
 
-def _in_turns(commands: Mapping[str, tuple[str, ...]], rounds: int, result: str) -> tuple[Rounds, dict[str, Any]]:
-    """Run jobs in turns; returns their measurements, and of each what it says under a name."""
-    results: dict[str, dict[str, Any]] = {}
-
-    def job(row: str, command: tuple[str, ...]) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            results[row] = run_job(*command)
-            metrics: dict[str, float] = results[row]["metrics"]
-            return metrics
-
-        return run
-
-    runs = {row: job(row, command) for row, command in commands.items()}
-    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
-    return measured, {row: found[result] for row, found in results.items() if result in found}
-
-
 def _same_tokens(tokens: Mapping[str, list[int]]) -> None:
     if len(set(map(tuple, tokens.values()))) > 1:
         raise AssertionError(f"the tokens differ: {tokens}")
@@ -51,7 +32,7 @@ def _first_token(rounds: int, make: Callable[[], Path], state: str, bound: float
     folder = make()
     warm_up(folder)
     commands = {library: ("first_token", library, str(folder), state, "1") for library in ("fastload", "transformers")}
-    measured, tokens = _in_turns(commands, rounds, "tokens")
+    measured, tokens = in_turns(commands, rounds, "tokens")
     _same_tokens(tokens)
     target = at_least(
         "transformers / fastload",
@@ -71,7 +52,7 @@ def _decode(rounds: int) -> Outcome:
     }
     for folder in (llama_1b(), moe()):
         warm_up(folder)
-    measured, _ = _in_turns(commands, rounds, "tokens")
+    measured, _ = in_turns(commands, rounds, "tokens")
     targets = tuple(
         at_least(
             f"{name}transformers / fastload",
@@ -92,7 +73,7 @@ def _bigger(rounds: int) -> Outcome:
     commands = {
         row: ("bigger", row, str(folder), limit, budget, "4") for row in ("fastload", "transformers", "accelerate")
     }
-    measured, outputs = _in_turns(commands | {"disk": ("bigger", "disk", str(folder), "0", "0", "4")}, rounds, "output")
+    measured, outputs = in_turns(commands | {"disk": ("bigger", "disk", str(folder), "0", "0", "4")}, rounds, "output")
     same_output(outputs)
     not_resident = (n_weight_bytes(folder) - _LLAMA_BUDGET_BYTES) / n_weight_bytes(folder)
     targets = (
@@ -117,7 +98,7 @@ def _bigger_moe(rounds: int) -> Outcome:
         "fastload": ("bigger", "fastload", str(folder), str(_MOE_LIMIT_BYTES), str(_MOE_BUDGET_BYTES), "1"),
         "unlimited": ("bigger", "fastload", str(folder), "0", "0", "1"),
     }
-    measured, outputs = _in_turns(commands, rounds, "output")
+    measured, outputs = in_turns(commands, rounds, "output")
     same_output(outputs)
     target = at_most("fastload / unlimited", 3, lambda value: 1 / _ratio(value, "unlimited"), measured.samples)
     return Outcome(rounds=measured, metric="seconds", targets=(target,))
@@ -132,7 +113,7 @@ def _large(rounds: int) -> Outcome:
         "unlimited": ("large", str(folder), "0", "0", "4"),
         "disk": ("bigger", "disk", str(llama_1b()), "0", "0", "0"),
     }
-    measured, tokens = _in_turns(commands, rounds, "tokens")
+    measured, tokens = in_turns(commands, rounds, "tokens")
     _same_tokens(tokens)
     n_passing_bytes = n_weight_bytes(folder) - _LARGE_BUDGET_BYTES
     target = at_least(

@@ -4,48 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from suite.checkpoints import llama_1b, moe, n_weight_bytes, warm_up
 from suite.fingerprint import same_digest
-from suite.fresh import run_job
 from suite.outcome import Outcome, Workload, at_least, at_most
-from suite.rounds import Rounds, interleave
+from suite.rounds import Rounds
+from suite.turns import in_turns
 
 __all__ = ["CAST", "CAST_LAZY", "MOE"]
 
-Results = dict[str, dict[str, Any]]
 
-
-def _job(results: Results, row: str, *command: str) -> Callable[[], dict[str, float]]:
-    def run() -> dict[str, float]:
-        results[row] = run_job(*command)
-        metrics: dict[str, float] = results[row]["metrics"]
-        return metrics
-
-    return run
-
-
-def _in_turns(
+def _measured(
     family: str, make: Callable[..., Path], loaders: tuple[str, ...], dtype: str, rounds: int, n_limit_bytes: int = 0
 ) -> Rounds:
     """All loaders, and if asked for the bare way to write so many pages. Their results must be the same."""
     folder, tiny = make(), make(tiny=True)
     warm_up(folder)
-    results: Results = {}
-    runs = {
-        loader: _job(results, loader, "load_once", family, loader, str(folder), str(tiny), dtype) for loader in loaders
+    commands: dict[str, tuple[str, ...]] = {
+        loader: ("load_once", family, loader, str(folder), str(tiny), dtype) for loader in loaders
     }
     if n_limit_bytes:
-        runs["fresh pages"] = _job({}, "fresh pages", "fresh_pages", str(n_limit_bytes))
-    # A round takes a minute: one that was disturbed is kept rather than measured again.
-    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
-    same_digest({loader: result["digest"] for loader, result in results.items()})
+        commands["fresh pages"] = ("fresh_pages", str(n_limit_bytes))
+    measured, digests = in_turns(commands, rounds, "digest")
+    same_digest(digests)
     return measured
 
 
 def _measure_moe(rounds: int) -> Outcome:
-    measured = _in_turns("moe", moe, ("fastload", "fastload.hf", "transformers", "safetensors"), "same", rounds)
+    measured = _measured("moe", moe, ("fastload", "fastload.hf", "transformers", "safetensors"), "same", rounds)
     n_bytes = n_weight_bytes(moe())
     targets = (
         at_least(
@@ -77,7 +63,7 @@ def _measure_moe(rounds: int) -> Outcome:
 def _measure_cast(rounds: int) -> Outcome:
     n_cast_bytes = 2 * n_weight_bytes(llama_1b())
     loaders = ("fastload", "fastload.hf", "transformers", "accelerate", "safetensors")
-    measured = _in_turns("llama", llama_1b, loaders, "float32", rounds, n_cast_bytes)
+    measured = _measured("llama", llama_1b, loaders, "float32", rounds, n_cast_bytes)
     targets = (
         at_least(
             "transformers / fastload",
@@ -111,13 +97,12 @@ def _measure_cast(rounds: int) -> Outcome:
 def _measure_cast_lazy(rounds: int) -> Outcome:
     folder, tiny = llama_1b(), llama_1b(tiny=True)
     warm_up(folder)
-    results: Results = {}
-    runs = {
-        row: _job(results, row, "load_once", "later", loader, str(folder), str(tiny), "float32")
+    commands = {
+        row: ("load_once", "later", loader, str(folder), str(tiny), "float32")
         for row, loader in (("fastload", "lazy"), ("transformers", "transformers"))
     }
-    measured = interleave(runs, rounds, warm_up_rounds=0, attempts_per_round=1)
-    same_digest({loader: result["digest"] for loader, result in results.items()})
+    measured, digests = in_turns(commands, rounds, "digest")
+    same_digest(digests)
     target = at_least(
         "transformers / fastload",
         20,

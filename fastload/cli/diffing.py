@@ -140,7 +140,7 @@ def _largest(a: torch.Tensor, b: torch.Tensor) -> float | None:
     wide = torch.complex128 if a.is_complex() else torch.float64
     try:
         a, b = a.to(wide), b.to(wide)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # what torch says of types that it has no conversion for
         return None
     difference = (a - b).abs()
     # Equal infinities and two that are no number are no difference in value, whatever their bits are.
