@@ -75,7 +75,7 @@ def _as_slot(owners: Mapping[str, nn.Module], slot: Slot, tensor: torch.Tensor) 
     old = owner._parameters.get(name)
     held = owner._buffers.get(name) if old is None else old
     if held is not None and slot.box is not None:
-        from fastload.distributed import like
+        from fastload.distributed.layouts import like
 
         tensor = like(tensor, held)
     if old is None:
@@ -169,7 +169,7 @@ def local_part(tensor: torch.Tensor, slot: Slot | None) -> torch.Tensor:
     """What this rank has of a tensor; all of it unless its slot says that it is laid out over ranks."""
     if slot is None or slot.box is None:
         return tensor
-    from fastload.distributed import local
+    from fastload.distributed.layouts import local
 
     return local(tensor)
 

@@ -273,7 +273,7 @@ def _mesh_device(module: nn.Module) -> str | None:
     """Where the parts of a module's DTensors belong; None if it has none."""
     if "torch.distributed.tensor" not in sys.modules:
         return None  # nobody can have made one
-    from fastload.distributed import mesh_device
+    from fastload.distributed.layouts import mesh_device
 
     return mesh_device(walk_modules(module))
 
@@ -282,7 +282,7 @@ def _with_boxes(slots: dict[str, Slot], modules: Mapping[str, nn.Module], option
     """The slots, those of DTensors with the part that this rank owns."""
     if "torch.distributed.tensor" not in sys.modules:
         return slots
-    from fastload.distributed import boxes_of
+    from fastload.distributed.layouts import boxes_of
 
     boxes = boxes_of(modules)
     if boxes and (options.is_deferred or options.memory_budget_bytes is not None):

@@ -1,9 +1,9 @@
 """Models that torch.distributed lays out over many ranks: what of each tensor is here.
 
-The one home of torch.distributed. A module whose parameters are DTensors (after `parallelize_module`, `fully_shard`, or
-both) is filled as any other: each is described with the box that its placements give this rank, the plan is made for
-that box, and what comes of it becomes the local part of a DTensor of the same mesh and placements. There is no
-collective in a load, and no tensor is ever whole.
+A module whose parameters are DTensors (after `parallelize_module`, `fully_shard`, or both) is filled as any other: each
+is described with the box that its placements give this rank, the plan is made for that box, and what comes of it
+becomes the local part of a DTensor of the same mesh and placements. There is no collective in a load, and no tensor is
+ever whole.
 """
 
 from __future__ import annotations
