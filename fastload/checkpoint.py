@@ -40,6 +40,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         aliases: names that were dropped when equal tensors were stored once -> the key that was kept. They are not
             keys of the mapping; `load_state_dict` gives them back.
         metadata: the text that safetensors files carry, of all files together, without their checksums.
+        others: keys of what the files hold beside tensors; only a .bin can.
         notes: choices made when the files were looked for, or are read ahead.
 
     Args:
@@ -53,6 +54,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.format = files.format
         self.notes = files.notes
         self.specs: dict[str, TensorSpec] = {}
+        self.others: tuple[str, ...] = ()
         self.metadata: dict[str, str] = {}
         self._checksums = files.checksums
         self._n_file_bytes: dict[str, int] = {}
@@ -69,6 +71,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             self.metadata.update(contents.metadata)
             self.metadata.pop(CHECKSUMS, None)  # they are the file's, not the checkpoint's
             self._add(contents.specs, path, files.weight_map, tolerant)
+            self.others += contents.others
         if not tolerant:
             self._check_index(files)
         self.aliases = {

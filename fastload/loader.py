@@ -216,7 +216,7 @@ def fill_module(
     with clock("plan"):
         modules = walk_modules(module)
         slots = _with_boxes(describe_modules(modules), modules, options)
-        plan = plan_model(checkpoint.specs, slots, options, rules, source)
+        plan = plan_model(checkpoint.specs, slots, options, rules, source, others=checkpoint.others)
         is_part = any(slot.box for slot in slots.values())
         if is_part and (in_one_run := [row.spec for row in plan.rows if row.action is not Action.SLICE]):
             # What lies between the rows of a slice is another rank's, and not read ahead.

@@ -63,6 +63,18 @@ def test_a_module_gets_the_files_values(write_safetensors: Writer, start: Callab
     assert report.n_tensors == 4
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_entries_of_a_bin_file_that_are_no_tensors_are_unexpected(tmp_path: Path, strict: bool) -> None:
+    module, state = on_meta(Small), trained(Small)[1]
+    torch.save({**state, "epoch": 3, "config": {"width": 4}}, tmp_path / "pytorch_model.bin")
+    if strict:
+        with pytest.raises(KeyMatchError, match=r"epoch(.|\n)*config"):
+            fastload.load_model(module, tmp_path)
+        assert module.first.weight.is_meta
+    else:
+        assert fastload.load_model(module, tmp_path, strict=False).unexpected_keys == ("epoch", "config")
+
+
 def test_on_meta_everything_is_mapped_and_nothing_is_private(write_safetensors: Writer) -> None:
     module = on_meta(lambda: nn.Linear(1024, 4096))
     folder = write_safetensors(nn.Linear(1024, 4096).state_dict())

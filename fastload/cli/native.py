@@ -66,7 +66,8 @@ def plan_native(
         model = model_class(config)
     options = LoadOptions(dtype=chosen, ignore_mismatched_sizes=True)
     slots = describe_modules(walk_modules(model))
-    return plan_model(checkpoint.specs, slots, options, model_class._key_rules(), where.path)
+    rules = model_class._key_rules()
+    return plan_model(checkpoint.specs, slots, options, rules, where.path, others=checkpoint.others)
 
 
 def _first_float_type(checkpoint: Checkpoint) -> DType:

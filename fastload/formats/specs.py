@@ -86,12 +86,14 @@ class FileContents(NamedTuple):
         n_file_bytes: size of the file when it was read.
         modified_ns: when it was modified last, as it says (``st_mtime_ns``). With another size or time it is another
             file, of which nothing of the above can be believed.
+        others: keys of the state dict whose values are no tensors (.bin only).
     """
 
     specs: tuple[TensorSpec, ...]
     metadata: dict[str, str]
     n_file_bytes: int
     modified_ns: int | None = None
+    others: tuple[str, ...] = ()
 
 
 @cache

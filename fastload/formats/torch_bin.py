@@ -36,8 +36,8 @@ def read_bin(path: str) -> FileContents:
     """Describe the tensors of a file written by ``torch.save``.
 
     The weights are the tensors of the pickled dict itself or, where it holds none, of the dict under ``state_dict``,
-    ``model`` or ``module``. What is not a tensor is passed over. Parameters are tensors; gradients, hooks, devices and
-    Python attributes are dropped.
+    ``model`` or ``module``. Of what is not a tensor only the key is kept. Parameters are tensors; gradients, hooks,
+    devices and Python attributes are dropped.
 
     Args:
         path: the file.
@@ -66,7 +66,9 @@ def read_bin(path: str) -> FileContents:
         else:
             raise source.truncated("a torch file")
         state = _find_state(root, source.file)
-        return FileContents(_specs(state, storages, source), {}, source.n_bytes, source.modified_ns)
+        specs = _specs(state, storages, source)
+        others = () if len(specs) == len(state) else _others(state)
+        return FileContents(specs, {}, source.n_bytes, source.modified_ns, others)
 
 
 def _read_zip(source: Source) -> tuple[object, Storages]:
@@ -180,6 +182,11 @@ def _specs(state: dict[Any, Any], storages: Storages, source: Source) -> tuple[T
                 _check_expanded(n_expanded_bytes, key, source)
         specs.append(_new(TensorSpec, (key, dtype, shape, region, view)))
     return tuple(specs)
+
+
+def _others(state: dict[Any, Any]) -> tuple[str, ...]:
+    """Keys of what is no tensor; a key that is no string can be no tensor's name, and counts for nothing."""
+    return tuple(key for key, value in state.items() if type(key) is str and type(value) is not TensorStub)
 
 
 def _region(

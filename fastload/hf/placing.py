@@ -212,7 +212,7 @@ def _open(
         return _Opened(given.specs, lambda path: given, None, given.others)
     assert files is not None
     checkpoint = open_files(files, index and index.get("weight_map"), (index or {}).get(CHECKSUMS))
-    return _Opened(checkpoint.specs, checkpoint.open_file, checkpoint)
+    return _Opened(checkpoint.specs, checkpoint.open_file, checkpoint, checkpoint.others)
 
 
 def _device_finder(device_map: Mapping[str, Any] | None, names: Mapping[str, Any]) -> Callable[[str], str]:

@@ -70,8 +70,13 @@ def match_keys(
     slots: Mapping[str, Slot],
     rules: KeyRules,
     key_mapping: Mapping[str, str] | None = None,
+    *,
+    others: Iterable[str] = (),
 ) -> KeyMatch:
-    """Match the files' keys with the model's names. OptionError where a pattern of key_mapping is not one."""
+    """Match the files' keys with the model's names. Other keys are those of what can fill no name.
+
+    OptionError where a pattern of key_mapping is not one.
+    """
     rename = _compile_mapping(key_mapping)
     fqn_of_key: dict[str, str] = {}
     taken: set[str] = set()
@@ -99,6 +104,9 @@ def match_keys(
             ignored.append(key)
         else:
             unexpected.append(key)
+
+    for key in others:
+        (ignored if is_ignorable(rename(key)) else unexpected).append(key)
 
     is_expendable = _any_pattern(rules.ignore_missing)
     missing = tuple(fqn for fqn in _unfilled(slots, taken) if not is_expendable(fqn))

@@ -40,6 +40,8 @@ def plan_model(
     options: LoadOptions,
     rules: KeyRules,
     source: str,
+    *,
+    others: Iterable[str] = (),
 ) -> LoadPlan:
     """A plan for a model.
 
@@ -49,6 +51,7 @@ def plan_model(
         options: what the caller asked for.
         rules: what the architecture knows of its keys.
         source: the checkpoint's path, for messages.
+        others: keys of what the files hold beside tensors. They fill nothing.
 
     Raises:
         KeyMatchError: one message with every problem: shapes that differ (unless ignore_mismatched_sizes), and under
@@ -56,7 +59,7 @@ def plan_model(
     """
     single, fused_specs = fuse(specs, rules.fusions) if rules.fusions else (specs, [])
     fused_by_key = {spec.key: spec for spec in fused_specs}
-    keys = match_keys([*single, *fused_by_key], slots, rules, options.key_mapping)
+    keys = match_keys([*single, *fused_by_key], slots, rules, options.key_mapping, others=others)
     device_of = device_finder(options.device_map)
     rows: list[PlanRow] = []
     fused: list[FusedRow] = []

@@ -211,7 +211,7 @@ def test_nested_state_dict_is_found(path: Path, wrap: Callable[[Any], Any]) -> N
     check(save(wrap(state), path), dict(state))
 
 
-def test_what_is_not_a_tensor_is_passed_over(path: Path) -> None:
+def test_what_is_not_a_tensor_is_named(path: Path) -> None:
     weight = torch.randn(2, 2)
     others = {
         "step": 12,
@@ -236,6 +236,12 @@ def test_what_is_not_a_tensor_is_passed_over(path: Path) -> None:
     for protocol in (2, 4):
         others.pop("frozen", None) if protocol == 2 else None
         check(save({**others, "weight": weight}, path, pickle_protocol=protocol), {"weight": weight})
+        assert read_bin(str(path)).others == tuple(key for key in others if isinstance(key, str))
+
+
+def test_what_stands_beside_a_nested_state_dict_is_not_of_it(path: Path) -> None:
+    state = {"weight": torch.randn(2), "inner": "x"}
+    assert read_bin(str(save({"state_dict": state, "epoch": 3}, path))).others == ("inner",)
 
 
 def test_module_without_parameters_is_an_empty_state_dict(path: Path) -> None:

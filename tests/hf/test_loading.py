@@ -168,6 +168,13 @@ def test_entries_of_the_caller_that_are_no_tensors(written: Written) -> None:
     assert loaded.info["unexpected_keys"] == repr(["'epoch'", "'more'"])
 
 
+def test_entries_of_a_bin_file_that_are_no_tensors(written: Written, tmp_path: Path) -> None:
+    given = load_file(written("llama") / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((written("llama") / "config.json").read_bytes())
+    torch.save({**given, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert assert_same_load(Llama, tmp_path).info["unexpected_keys"] == repr(["'epoch'"])
+
+
 def test_tensors_of_the_caller_without_values_are_refused(written: Written) -> None:
     config = transformers.AutoConfig.from_pretrained(written("llama"))
     given = {key: tensor.to("meta") for key, tensor in build("llama").state_dict().items()}
