@@ -63,11 +63,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self._descriptors: dict[str, int] = {}
         weakref.finalize(self, _close, self._descriptors)
         for path in files.weights:
-            contents = read_file(path)
+            with suppress(OSError):  # then reading it says why
+                # Opening a named pipe would otherwise wait for somebody to write to it.
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                os.set_blocking(self._descriptors[path], True)
+            contents = read_file(path, self._descriptors.get(path))
             self._n_file_bytes[path] = contents.n_file_bytes
             self._modified_ns[path] = contents.modified_ns
-            with suppress(OSError):  # then mapping it, if that is asked for, says why
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.metadata.update(contents.metadata)
             self.metadata.pop(CHECKSUMS, None)  # they are the file's, not the checkpoint's
             self._add(contents.specs, path, files.weight_map, tolerant)
@@ -112,6 +114,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             file = self._open_files.setdefault(path, mapped)
         return file
 
+    def descriptor(self, path: str) -> int | None:
+        """One of the files, open for as long as this object lives; None where too many files were open."""
+        return self._descriptors.get(path)
+
     def held_path(self, path: str) -> str:
         """A path to one of the files for as long as this object lives, whatever its name comes to mean.
 
@@ -130,7 +136,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             in_file_order: all of the files, from their beginnings.
         """
         wanted = self.specs.values() if specs is None else specs
-        reading = read_ahead(self.files, () if in_file_order else wanted)
+        reading = read_ahead(self.files, () if in_file_order else wanted, descriptors=self._descriptors)
         if reading is not None:
             self.notes = (*self.notes, reading.note)
         return reading
@@ -245,4 +251,4 @@ def open_checkpoint(
         local_files_only=local_files_only,
         force_download=force_download,
     )
-    return read_steadily(path, lambda: Checkpoint(locate_checkpoint(os.fspath(path), files, hub)))
+    return read_steadily(path, lambda: Checkpoint(locate_checkpoint(os.fspath(path), files, hub)), subfolder=subfolder)

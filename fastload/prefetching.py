@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,15 +124,21 @@ def prefetch(
     return result
 
 
-def read_ahead(files: Iterable[str], specs: Iterable[TensorSpec] | None = None) -> Prefetch | None:
+def read_ahead(
+    files: Iterable[str],
+    specs: Iterable[TensorSpec] | None = None,
+    *,
+    descriptors: Mapping[str, int] | None = None,
+) -> Prefetch | None:
     """Read weight files ahead that are cold, and join those that are being read. None where all are warm.
 
     Args:
         files: paths.
         specs: their tensors, if they are known; otherwise the headers are read in the background. None of them leaves
             the order of the files.
+        descriptors: path -> the file, of those that are open already, for as long as this call lasts.
     """
-    runs = _start(files, specs)
+    runs = _start(files, specs, descriptors)
     if not runs:
         return None
     result = Prefetch()
@@ -190,13 +196,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _start(files: Iterable[str], specs: Iterable[TensorSpec] | None = None) -> list[_Run]:
+def _start(
+    files: Iterable[str],
+    specs: Iterable[TensorSpec] | None = None,
+    descriptors: Mapping[str, int] | None = None,
+) -> list[_Run]:
     """The runs that read these files: those under way, and a new one for what is cold besides."""
     joined: dict[int, _Run] = {}
     cold: list[_File] = []
     with _lock:
         for path in files:
-            found = _look_at(path)
+            found = _look_at(path, (descriptors or {}).get(path))
             if isinstance(found, _Run):
                 joined[id(found)] = found
             elif found is not None:
@@ -208,10 +218,13 @@ def _start(files: Iterable[str], specs: Iterable[TensorSpec] | None = None) -> l
     return [*joined.values(), run] if run.start() else list(joined.values())
 
 
-def _look_at(path: str) -> _File | _Run | None:
-    """The run that is reading a file, or what is to be read of it; None where it is warm or cannot be read."""
+def _look_at(path: str, held: int | None = None) -> _File | _Run | None:
+    """The run that is reading a file, or what is to be read of it; None where it is warm or cannot be read.
+
+    Held is the file, if it is open already.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) if held is None else held
     except OSError:
         return None
     try:
@@ -224,7 +237,8 @@ def _look_at(path: str) -> _File | _Run | None:
     except OSError:
         return None
     finally:
-        os.close(descriptor)
+        if held is None:
+            os.close(descriptor)
 
 
 class _Run:

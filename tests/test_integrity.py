@@ -23,6 +23,7 @@ from fastload.formats.safetensors import read_header
 from fastload.loader import load_model, load_state_dict
 from fastload.saver import save_state_dict
 from fastload.sources.journal import JOURNAL_NAME
+from fastload.sources.steady import read_steadily
 from tests.conftest import same_bytes
 
 
@@ -387,7 +388,6 @@ def test_opened_checkpoint_is_the_old_one_after_a_save(tmp_path: Path) -> None:
 
 def test_folder_that_never_rests_is_an_error(tmp_path: Path) -> None:
     from fastload.errors import UnreadableFileError
-    from fastload.sources.steady import read_steadily
 
     count = 0
 
@@ -398,6 +398,37 @@ def test_folder_that_never_rests_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(UnreadableFileError, match="replaced faster"):
         read_steadily(tmp_path, read)
+
+
+@pytest.mark.parametrize("subfolder", ["", "below"])
+def test_folder_that_changes_while_it_is_read_is_read_again(tmp_path: Path, subfolder: str) -> None:
+    folder = tmp_path / subfolder
+    save_state_dict(weights(1), folder)
+    for name in (folder / "model.safetensors", folder):
+        os.utime(name, (1e9, 1e9))  # as it was left long ago
+    read: list[bytes] = []
+
+    def read_and_save() -> None:
+        read.append((folder / "model.safetensors").read_bytes())
+        if len(read) == 1:
+            save_state_dict(weights(2), folder)
+
+    read_steadily(tmp_path, read_and_save, subfolder=subfolder)
+    assert len(read) == 2
+    assert read[0] != read[1]
+
+
+def test_what_is_no_path_is_read_once_whatever_changes_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read: list[int] = []
+
+    def read_and_write() -> None:
+        read.append(1)
+        (tmp_path / "config.json").write_text("{}" * len(read))
+
+    read_steadily("owner/name", read_and_write)
+    read_steadily("name", read_and_write)
+    assert len(read) == 2
 
 
 def test_text_that_is_no_checksums_is_passed_over(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +313,20 @@ def test_a_recurrent_module_computes_with_the_loaded_weights(tmp_path: Path) -> 
     assert all(ours is own for ours, own in zip(built._flat_weights, built.parameters(), strict=True))
     inputs = torch.randn(3, 2, 4)
     assert torch.equal(built(inputs)[0], real(inputs)[0])
+
+
+def test_a_load_opens_each_file_once(tmp_path: Path) -> None:
+    fastload.save_model(Small(), tmp_path, max_shard_size=64)
+    shards = sorted(str(path) for path in tmp_path.glob("*.safetensors"))
+    module, opened = on_meta(Small), list[str]()
+    is_counting = True
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        if is_counting and event == "open" and str(arguments[0]).endswith(".safetensors"):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(count)
+    fastload.load_model(module, tmp_path)
+    is_counting = False
+    assert len(shards) > 2
+    assert sorted(opened) == shards

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from fastload.errors import UnreadableFileError
 from fastload.formats.specs import FileContents
 
@@ -10,25 +12,33 @@ __all__ = ["read_file"]
 _PEEK_BYTES = 16
 
 
-def read_file(path: str) -> FileContents:
+def read_file(path: str, descriptor: int | None = None) -> FileContents:
     """What a weight file holds, whichever format it is in.
 
     The name decides where it says ``.safetensors``; otherwise the bytes do: a safetensors file has a JSON object at
     byte 8, which no zip, pickle or tar has there after a plausible length.
+
+    Args:
+        path: the file.
+        descriptor: the file, if it is open already; it stays open. On a file system that many ranks share, each
+            opening is a question to its server.
     """
-    if path.endswith(".safetensors") or _looks_like_safetensors(path):
+    if path.endswith(".safetensors") or _looks_like_safetensors(path, descriptor):
         from fastload.formats.safetensors import read_header
 
-        return read_header(path)
+        return read_header(path, descriptor)
     from fastload.formats.torch_bin import read_bin
 
     return read_bin(path)
 
 
-def _looks_like_safetensors(path: str) -> bool:
+def _looks_like_safetensors(path: str, descriptor: int | None) -> bool:
     try:
-        with open(path, "rb") as file:
-            head = file.read(_PEEK_BYTES)
+        if descriptor is not None:
+            head = os.pread(descriptor, _PEEK_BYTES, 0)
+        else:
+            with open(path, "rb") as file:
+                head = file.read(_PEEK_BYTES)
     except OSError as error:
         raise UnreadableFileError(
             "a weight file cannot be read",

@@ -77,11 +77,12 @@ class _Columns(NamedTuple):
     ends: Sequence[int]
 
 
-def read_header(path: str) -> FileContents:
+def read_header(path: str, descriptor: int | None = None) -> FileContents:
     """Describe the tensors of a safetensors file. Reads the header only.
 
     Args:
         path: the file.
+        descriptor: the file, if it is open already; it stays open.
 
     Returns:
         Its specs in the order of their bytes in the file, ``__metadata__``, and the file's size. Shapes are
@@ -95,7 +96,7 @@ def read_header(path: str) -> FileContents:
         HeaderError: the header breaks a rule of the format.
         UnknownDtypeError: a data type that the format does not have.
     """
-    raw, status = _read_raw(path)
+    raw, status = _read_raw(path, descriptor)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -124,11 +125,11 @@ def read_header(path: str) -> FileContents:
     return FileContents(specs, metadata, status.st_size, status.st_mtime_ns)
 
 
-def _read_raw(path: str) -> tuple[bytes, os.stat_result]:
+def _read_raw(path: str, held: int | None) -> tuple[bytes, os.stat_result]:
     """The bytes of the header, and what the system says of the file."""
     try:
         # Opening a named pipe would otherwise wait for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if held is None else held
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -136,7 +137,8 @@ def _read_raw(path: str) -> tuple[bytes, os.stat_result]:
             n_header_bytes = _header_length(path, _pread(descriptor, PREFIX_BYTES, 0), status.st_size)
             raw = _pread(descriptor, n_header_bytes, PREFIX_BYTES)
         finally:
-            os.close(descriptor)
+            if held is None:
+                os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointNotFoundError("there is no such file", file=path) from None
     except OSError as error:

@@ -138,7 +138,7 @@ class PretrainedLoading:
         model_options = {name: config_fields.pop(name) for name in cls._own_options() & config_fields.keys()}
         with paused_collector():
             opening = partial(cls._open, path, config, files, hub, config_fields, clock)
-            config, checkpoint = read_steadily(path, opening)
+            config, checkpoint = read_steadily(path, opening, subfolder=subfolder)
             with clock("open"):
                 if memory_budget is None and max_memory is None:
                     checkpoint.read_ahead()

@@ -11,7 +11,6 @@ memory of their own takes as much of it, once, at the rate of reading.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -41,7 +40,7 @@ def read_apart(
         beside_a_device: other rows of the plan are bound for an accelerator that staging reaches.
     """
     why = _BESIDE_A_DEVICE if beside_a_device else ""
-    reasons = {file: reason for file in checkpoint.files if (reason := why or _why_read(file))}
+    reasons = {file: reason for file in checkpoint.files if (reason := why or _why_read(checkpoint.descriptor(file)))}
     if not reasons:
         return plan, checkpoint.open_file
     stop_reading(reasons)
@@ -63,18 +62,11 @@ def _read_fused_row(row: FusedRow, reasons: Mapping[str, str]) -> FusedRow:
     return row if row.action is not Action.REMAP or not found else row._replace(action=Action.GATHER, reason=found[0])
 
 
-def _why_read(file: str) -> str:
-    """Why a file should be read and not mapped; "" if it should be mapped."""
-    kind = file_system(file)
-    if not kind.is_network:
+def _why_read(descriptor: int | None) -> str:
+    """Why a file should be read and not mapped; "" if it should be mapped, or is not open."""
+    if descriptor is None:
         return ""
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    kind = file_system(descriptor)
+    if not kind.is_network or residency(descriptor).is_warm:
         return ""
-    try:
-        if residency(descriptor).is_warm:
-            return ""
-    finally:
-        os.close(descriptor)
     return f"cold, and on {kind.name}: read in parallel, as page faults would wait for the network one by one"

@@ -41,7 +41,7 @@ class CheckpointFiles:
         folder: where they lie; an absolute path, as all others here.
         format: how the weights are written. Go by this and not by the paths' suffix: after an interrupted
             save the files are read under temporary names.
-        weights: the weights' files, sorted, each existing and readable.
+        weights: the weights' files, sorted, each an existing file.
         index: the index they were found through; None for a single file.
         weight_map: key -> path, as the index says; None for a single file.
         notes: choices that a caller may want to know of, a sentence each.
@@ -174,7 +174,7 @@ def _from_file(view: FolderView, name: str, options: FileOptions) -> CheckpointF
 
 def _single(view: FolderView, name: str) -> CheckpointFiles:
     path = view.path(name)
-    _require_weights(path, name)
+    _require_weights(path, name, _status(path))
     return CheckpointFiles(view.folder, _format_of(path, name), (path,))
 
 
@@ -182,7 +182,8 @@ def _sharded(view: FolderView, index_name: str) -> CheckpointFiles:
     index_path = view.path(index_name)
     index = read_index(index_path)
     paths = {name: view.path(name) for name in index.shards}
-    missing = [name for name, path in paths.items() if path_kind(path) is None]
+    statuses = {name: _status(path) for name, path in paths.items()}
+    missing = [name for name, status in statuses.items() if status is None]
     if missing:
         raise CheckpointNotFoundError(
             f"{len(missing)} of {len(paths)} shards that the index names are missing",
@@ -200,7 +201,7 @@ def _sharded(view: FolderView, index_name: str) -> CheckpointFiles:
             fix="save the checkpoint again",
         )
     for name, path in paths.items():
-        _require_weights(path, name)
+        _require_weights(path, name, statuses[name])
     return CheckpointFiles(
         folder=view.folder,
         format=_format_of(path, name),
@@ -211,19 +212,25 @@ def _sharded(view: FolderView, index_name: str) -> CheckpointFiles:
     )
 
 
-def _require_weights(path: str, name: str) -> None:
-    """Raise unless ``path`` is a file that can be read, and is more than a promise of one."""
+def _status(path: str) -> os.stat_result | None:
+    """What the system says of a file, asked once; None where it is not there. Raises UnreadableFileError."""
     try:
-        status = os.stat(path)
-    except FileNotFoundError as error:  # listed in the folder, yet not there
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _require_weights(path: str, name: str, status: os.stat_result | None) -> None:
+    """Raise unless ``path``, of which the system says this, is a file, and is more than a promise of one."""
+    if status is None:  # listed in the folder, yet not there
         raise CheckpointNotFoundError(
             f"{name} is a link to a file that does not exist",
             file=path,
             found=f"a link to {os.path.realpath(path)}",
             fix="restore that file, or fetch the checkpoint again",
-        ) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        )
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointNotFoundError(
             f"{name} is not a file",
@@ -231,8 +238,6 @@ def _require_weights(path: str, name: str) -> None:
             expected="a file with weights",
             fix="move it away or give another path",
         )
-    if not os.access(path, os.R_OK):
-        raise _unreadable(path, PermissionError(0, "Permission denied"))
     if status.st_size < 1024 and _beginning(path).startswith(_LFS_POINTER):
         raise FormatError(
             f"{name} is a pointer of Git LFS, and not the weights themselves",

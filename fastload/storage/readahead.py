@@ -138,6 +138,7 @@ class _Work:
         self._lock = threading.Lock()
         self._chunks = (chunk for extent in extents for chunk in _chunks(extent, way.chunk_bytes))
         self._stopped = False
+        self._descriptors: dict[str, int] = {}
         self._pid = os.getpid()
         self._n_running = self.n_threads
         self._done = threading.Event()
@@ -155,21 +156,23 @@ class _Work:
         self._stopped = True
 
     def run(self) -> None:
-        descriptors: dict[str, int] = {}
         try:
             buffer = memoryview(bytearray(self._way.read_bytes))
             while (chunk := self._take()) is not None:
                 # A file that cannot be read is met by the load too, which has words for it.
                 with suppress(OSError):
-                    if chunk.file not in descriptors:
-                        descriptors[chunk.file] = os.open(chunk.file, os.O_RDONLY | os.O_CLOEXEC)
-                    self._bring(descriptors[chunk.file], chunk, buffer)
+                    self._bring(self._open(chunk.file), chunk, buffer)
         except MemoryError:
             self.stop()
         finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
             self.leave()
+
+    def _open(self, file: str) -> int:
+        """A file, opened once for all threads."""
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[file]
 
     def _take(self) -> Extent | None:
         with self._lock:
@@ -188,11 +191,13 @@ class _Work:
             self.n_brought_bytes += done
 
     def leave(self) -> None:
-        """One thread less; the last one is the end."""
+        """One thread less; the last one is the end, and closes the files."""
         with self._lock:
             self._n_running -= 1
             if self._n_running:
                 return
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
         self._done.set()
 
 
