@@ -39,6 +39,8 @@ class PreTrainedModel(PretrainedLoading, nn.Module):
         _keep_in_fp32_modules: names of modules whose parameters are not converted to a shorter type.
         _no_split_modules: names of module classes that stay whole on one device.
         _initialisers: rules for the family's own parameters, beside those for torch's modules.
+        _head_counts: last part of a module's name -> field of the config that counts the heads of its outputs.
+        tp_size: among how many ranks the model is split.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -49,7 +51,10 @@ class PreTrainedModel(PretrainedLoading, nn.Module):
     _keep_in_fp32_modules: ClassVar[tuple[str, ...] | list[str] | None] = None
     _no_split_modules: ClassVar[tuple[str, ...] | list[str] | None] = None
     _initialisers: ClassVar[Rules] = {}
+    _head_counts: ClassVar[Mapping[str, str]] = {}
     main_input_name: ClassVar[str] = "input_ids"
+    tp_size: int = 1
+    _tp_plan_in_use: Mapping[str, str] | None = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -139,6 +144,19 @@ class PreTrainedModel(PretrainedLoading, nn.Module):
     def base_model(self) -> PreTrainedModel:
         """The model without its head; itself where it has none."""
         return cast(PreTrainedModel, getattr(self, self.base_model_prefix, self))
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """Pattern of module names -> style: how this model is split over ranks (see ``plan.tensor_parallel``).
+
+        The plan that it was loaded with, or else its family's own; empty where the family has none.
+        """
+        return dict(self._tp_plan_in_use if self._tp_plan_in_use is not None else self._family_tp_plan())
+
+    def _family_tp_plan(self) -> dict[str, str]:
+        """The plan of the model without its head, under the names that it has here. Heads add their own."""
+        base, prefix = self.base_model, self.base_model_prefix
+        return {} if base is self else {f"{prefix}.{name}": style for name, style in base._family_tp_plan().items()}
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of tokens."""

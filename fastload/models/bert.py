@@ -15,6 +15,7 @@ from fastload.models.base import PreTrainedModel
 from fastload.models.bert_config import BertConfig
 from fastload.models.layers import AttentionMask, activation, attend, expand_mask, real_device
 from fastload.models.outputs import BaseModelOutputWithPoolingAndCrossAttentions, KeyValues, ModelOutput, Tensors
+from fastload.models.parallel_plans import bert_plan
 from fastload.models.skeleton import repeat_block
 
 __all__ = ["BertConfig", "BertLayer", "BertModel", "BertPreTrainedModel"]
@@ -268,6 +269,7 @@ class BertPreTrainedModel(PreTrainedModel):
     config_class = BertConfig
     base_model_prefix = "bert"
     _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]
+    _head_counts: ClassVar[dict[str, str]] = dict.fromkeys(("query", "key", "value"), "num_attention_heads")
     # transformers 4 saved the numbers 0, 1, 2... with the weights.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(^|\.)embeddings\.(position_ids|token_type_ids)$"]
 
@@ -284,6 +286,9 @@ class BertModel(BertPreTrainedModel):
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
+
+    def _family_tp_plan(self) -> dict[str, str]:
+        return bert_plan(self.config)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings

@@ -24,6 +24,7 @@ from fastload.models.experts import MixtureOfExperts, expert_fusions, expert_ini
 from fastload.models.initialisation import Rules, ones, zeros
 from fastload.models.layers import activation
 from fastload.models.outputs import ModelOutput
+from fastload.models.parallel_plans import decoder_plan
 from fastload.models.rope import Angles, RotaryEmbedding, rotate
 from fastload.models.skeleton import repeat_block
 from fastload.plan.keys import KeyRules
@@ -194,6 +195,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
     config_class: ClassVar[type[DecoderConfig]] = DecoderConfig
     base_model_prefix = "model"
     _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _head_counts: ClassVar[dict[str, str]] = {
+        "q_proj": "num_attention_heads",
+        "k_proj": "num_key_value_heads",
+        "v_proj": "num_key_value_heads",
+    }
     # Older files hold the frequencies, layer by layer or once.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(^|\.)rotary_emb\.inv_freq$"]
     _initialisers: ClassVar[Rules] = {
@@ -239,6 +245,9 @@ class DecoderModel(DecoderPreTrainedModel):
         self.is_causal = not getattr(config, "use_bidirectional_attention", None)
         self.checkpointing: dict[str, Any] | None = None
         self.post_init()
+
+    def _family_tp_plan(self) -> dict[str, str]:
+        return decoder_plan(self.config)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

@@ -59,6 +59,9 @@ class DecoderForCausalLM(GenerationMixin, DecoderHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _family_tp_plan(self) -> dict[str, str]:
+        return {**super()._family_tp_plan(), "lm_head": "colwise_gather_output"}
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
