@@ -30,7 +30,7 @@ from fastload.formats.safetensors_layout import DATA_ALIGNMENT, encode_header
 from fastload.formats.specs import FileContents
 
 ENTRY = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
-SHARED = [d for d in DTYPES.values() if d.torch_name and d.code != "C128"]
+SHARED = [d for d in DTYPES.values() if hasattr(torch, d.torch_name or "") and d.code != "C128"]
 
 
 def file_bytes(header: str | bytes, data: bytes = b"") -> bytes:
