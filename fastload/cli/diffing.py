@@ -118,12 +118,14 @@ def _difference(first: torch.Tensor, second: torch.Tensor) -> tuple[int, float |
     is_measurable = True
     ours, theirs = (torch.split(tensor.reshape(-1), _CHUNK_ELEMENTS) for tensor in (first, second))
     for a, b in zip(ours, theirs, strict=True):
-        bytes_differ = _as_bytes(a) != _as_bytes(b)
-        if not bytes_differ.any():
+        our_bytes, their_bytes = _as_bytes(a), _as_bytes(b)
+        differs = (our_bytes != their_bytes).any(dim=1)
+        if not differs.any():
             continue
-        differs = bytes_differ.any(dim=1)
         n_different += int(differs.sum())
-        size = _largest(a[differs], b[differs]) if is_measurable else None
+        # Chosen as bytes: torch cannot choose among elements of every type.
+        a, b = our_bytes[differs].view(a.dtype), their_bytes[differs].view(b.dtype)
+        size = _largest(a, b) if is_measurable else None
         is_measurable = size is not None
         largest = largest if size is None else max(largest, size, key=lambda value: (value != value, value))
     if not n_different:
