@@ -81,7 +81,8 @@ class ModelOutput(OrderedDict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         # Only what is not found otherwise comes here.
         if name in self._fields:
-            return self[name] if name in self else None
+            # Not by `get`, which torch.compile of torch 2.6 does not follow.
+            return self[name] if name in self else None  # noqa: SIM401
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
