@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import sys
 from functools import cache
 from typing import NamedTuple
@@ -195,13 +196,15 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def _sampled_share(fd: int, offset_bytes: int, n_bytes: int) -> float | None:
-    """Share of a range that is cached, by bytes spread over it from the first to the last. None if it cannot be told.
+    """Share of a range that is cached, by bytes spread over it. None if it cannot be told.
 
-    Reading with RWF_NOWAIT (preadv2(2)) fails where it would have to wait; it may bring the pages of these few bytes
-    in. Where the file system does not have that (overlayfs), mincore(2) tells.
+    Reading with RWF_NOWAIT (preadv2(2)) fails where it would have to wait, but has the kernel bring that page in, and
+    some behind it. So each look is at other places: ranks that look at a cold file one after the other would find
+    what the first one left. Where the file system does not have that call (overlayfs), mincore(2) tells.
     """
     n_samples = min(_N_SAMPLES, -(-n_bytes // _PAGE))
-    places = [offset_bytes + i * (n_bytes - 1) // max(1, n_samples - 1) for i in range(n_samples)]
+    shift = random.Random(os.urandom(8)).random()  # not the generator that belongs to the program
+    places = [offset_bytes + int((i + shift) * n_bytes / n_samples) for i in range(n_samples)]
     n_cached = _n_readable_now(fd, places)
     if n_cached is None:
         n_cached = _n_in_core(fd, places)
