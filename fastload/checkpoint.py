@@ -126,7 +126,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         by_number = f"/proc/self/fd/{self._descriptors.get(path)}"
         return by_number if os.path.exists(by_number) else path
 
-    def read_ahead(self, specs: Iterable[TensorSpec] | None = None, *, in_file_order: bool = False) -> Prefetch | None:
+    def read_ahead(
+        self,
+        specs: Iterable[TensorSpec] | None = None,
+        *,
+        in_file_order: bool = False,
+        nothing_between: bool = False,
+    ) -> Prefetch | None:
         """Read what is cold in the background, in the order in which a model will use it. None if all is warm.
 
         What is done is added to the notes. Files that are being read ahead already are joined.
@@ -134,9 +140,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Args:
             specs: what to read; None for all tensors.
             in_file_order: all of the files, from their beginnings.
+            nothing_between: leave out what lies between these tensors, however little it is.
         """
         wanted = self.specs.values() if specs is None else specs
-        reading = read_ahead(self.files, () if in_file_order else wanted, descriptors=self._descriptors)
+        reading = read_ahead(
+            self.files,
+            () if in_file_order else wanted,
+            descriptors=self._descriptors,
+            nothing_between=nothing_between,
+        )
         if reading is not None:
             self.notes = (*self.notes, reading.note)
         return reading

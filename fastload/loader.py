@@ -219,8 +219,8 @@ def fill_module(
         plan = plan_model(checkpoint.specs, slots, options, rules, source, others=checkpoint.others)
         is_part = any(slot.box for slot in slots.values())
         if is_part and (in_one_run := [row.spec for row in plan.rows if row.action is not Action.SLICE]):
-            # What lies between the rows of a slice is another rank's, and not read ahead.
-            checkpoint.read_ahead(in_one_run)
+            # What lies between is another rank's, and not read ahead.
+            checkpoint.read_ahead(in_one_run, nothing_between=True)
         empty = left_empty(plan, slots)
         if initialise is None and empty:
             raise incomplete("the files do not have these parameters, and the module has no values for them", empty)
@@ -244,6 +244,9 @@ def fill_module(
         notes += finish(modules, slots, plan, tensors, empty, options, rules, initialise)
         notes += arrivals.begin(module, open_file, staging)
     bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
+    n_bytes = sum(bytes_by_action.values())
+    # Only a rank's parts, and what is compressed, are not read as they are.
+    n_read_bytes = plan.asked_bytes() if is_part or checkpoint.format == "bin" else n_bytes
     if options.detached:
         with clock("detach"):
             detach(module)
@@ -254,7 +257,8 @@ def fill_module(
         files=checkpoint.files,
         format=checkpoint.format,
         n_tensors=len(plan.rows) + sum(len(row.spec.pieces) for row in plan.fused),
-        n_bytes=sum(bytes_by_action.values()),
+        n_bytes=n_bytes,
+        n_read_bytes=n_read_bytes,
         bytes_by_action=bytes_by_action,
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,

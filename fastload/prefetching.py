@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastload.errors import FastloadError
+from fastload.formats.runs import GAP_BYTES
 from fastload.reports import format_bytes
 from fastload.storage.readahead import Extent, Readahead, Way, choose_way, within_memory
 from fastload.storage.residency import file_system, residency
@@ -129,6 +130,7 @@ def read_ahead(
     specs: Iterable[TensorSpec] | None = None,
     *,
     descriptors: Mapping[str, int] | None = None,
+    nothing_between: bool = False,
 ) -> Prefetch | None:
     """Read weight files ahead that are cold, and join those that are being read. None where all are warm.
 
@@ -137,8 +139,9 @@ def read_ahead(
         specs: their tensors, if they are known; otherwise the headers are read in the background. None of them leaves
             the order of the files.
         descriptors: path -> the file, of those that are open already, for as long as this call lasts.
+        nothing_between: leave out what lies between these tensors, and behind them, however little it is.
     """
-    runs = _start(files, specs, descriptors)
+    runs = _start(files, specs, descriptors, nothing_between)
     if not runs:
         return None
     result = Prefetch()
@@ -200,6 +203,7 @@ def _start(
     files: Iterable[str],
     specs: Iterable[TensorSpec] | None = None,
     descriptors: Mapping[str, int] | None = None,
+    nothing_between: bool = False,
 ) -> list[_Run]:
     """The runs that read these files: those under way, and a new one for what is cold besides."""
     joined: dict[int, _Run] = {}
@@ -213,7 +217,7 @@ def _start(
                 cold.append(found)
         if sum(file.n_cold_bytes for file in cold) < _LEAST_BYTES:
             return list(joined.values())
-        run = _Run(cold, specs)
+        run = _Run(cold, specs, nothing_between)
         _running.update((file.identity, run) for file in cold)
     return [*joined.values(), run] if run.start() else list(joined.values())
 
@@ -244,13 +248,16 @@ def _look_at(path: str, held: int | None = None) -> _File | _Run | None:
 class _Run:
     """One reading of some files, from their headers to the last byte, on a thread that waits for the others."""
 
-    def __init__(self, files: Sequence[_File], specs: Iterable[TensorSpec] | None) -> None:
+    def __init__(self, files: Sequence[_File], specs: Iterable[TensorSpec] | None, nothing_between: bool) -> None:
         self._files = files
+        self._nothing_between = nothing_between
         self._specs = specs
         self._readahead: Readahead | None = None
         self._stopped = False
         self._done = threading.Event()
         n_cold = sum(file.n_cold_bytes for file in files)
+        if nothing_between:
+            n_cold = min(n_cold, sum(spec.region.n_bytes for spec in specs or ()))
         n_kept = sum(part.n_bytes for part in within_memory([Extent("", 0, n_cold)]))
         part = "" if n_kept == n_cold else f" (of {format_bytes(n_cold)}: as much as free memory holds)"
         self.note = f"cold: reading ahead {format_bytes(n_kept)}{part} with {files[0].way}"
@@ -284,7 +291,10 @@ class _Run:
             if self._is_stopped():
                 return
             whole = [Extent(path, 0, os.stat(path).st_size) for path in paths]
-            readahead = Readahead(within_memory(_extents(specs, paths) or whole), self._files[0].way)
+            extents = _extents(specs, paths, GAP_BYTES if self._nothing_between else _GAP_BYTES)
+            readahead = Readahead(
+                within_memory(extents or whole), self._files[0].way, nothing_behind=self._nothing_between
+            )
             self._readahead = readahead
             # Someone may have stopped this run when there was no readahead to stop yet.
             if self._is_stopped():
@@ -311,8 +321,8 @@ def _read_specs(paths: Iterable[str]) -> list[TensorSpec]:
     return [spec for path in paths for spec in read_file(path).specs]
 
 
-def _extents(specs: Iterable[TensorSpec], paths: Iterable[str]) -> list[Extent]:
-    """What to read of these files, in the order of use; tensors that lie side by side as one."""
+def _extents(specs: Iterable[TensorSpec], paths: Iterable[str], gap_bytes: int) -> list[Extent]:
+    """What to read of these files, in the order of use; tensors that lie side by side, but for a gap, as one."""
     from fastload.formats.order import in_order_of_use
 
     wanted, runs = set(paths), list[Extent]()
@@ -322,7 +332,7 @@ def _extents(specs: Iterable[TensorSpec], paths: Iterable[str]) -> list[Extent]:
         if runs and runs[-1].file == file:
             known = runs[-1]
             known_end = known.offset_bytes + known.n_bytes
-            if known.offset_bytes <= begin <= known_end + _GAP_BYTES:
+            if known.offset_bytes <= begin <= known_end + gap_bytes:
                 runs[-1] = known._replace(n_bytes=max(known_end, begin + n_bytes) - known.offset_bytes)
                 continue
         runs.append(Extent(file, begin, n_bytes))

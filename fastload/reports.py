@@ -37,6 +37,8 @@ class LoadReport:
         format: ``"safetensors"`` or ``"bin"``.
         n_tensors: tensors taken from the files.
         n_bytes: their bytes in the files.
+        n_read_bytes: bytes of the files that this process asked for: mapped, or read with what is read over between two
+            parts of them. Storage gives whole pages.
         bytes_by_action: source bytes by what was done with them (see `fastload.plan.rows.Action`).
         stages_ms: milliseconds by stage of the pipeline.
         private_bytes: growth of the process's anonymous memory over the load; None where it cannot be read.
@@ -54,6 +56,7 @@ class LoadReport:
     format: str
     n_tensors: int
     n_bytes: int
+    n_read_bytes: int
     bytes_by_action: dict[str, int]
     stages_ms: dict[str, float]
     private_bytes: int | None = None
@@ -92,7 +95,7 @@ class LoadReport:
         lines = [
             f"loaded {self.source}",
             f"  files    {len(self.files)} ({self.format})",
-            f"  tensors  {self.n_tensors}, {format_bytes(self.n_bytes)}",
+            f"  tensors  {self.n_tensors}, {format_bytes(self.n_bytes)}{self._read_text()}",
             f"  time     {self.seconds * 1e3:.1f} ms ({stages}), {self.gb_per_s:.1f} GB/s",
             f"  bytes    {actions or 'none'}; {self.mapped_share:.0%} mapped without copying",
             f"  memory   {private} private",
@@ -100,6 +103,9 @@ class LoadReport:
         lines += self._key_lines()
         lines += [f"  note     {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _read_text(self) -> str:
+        return "" if self.n_read_bytes == self.n_bytes else f", {format_bytes(self.n_read_bytes)} asked of the files"
 
     def _key_lines(self) -> list[str]:
         groups = {

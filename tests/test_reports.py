@@ -51,6 +51,7 @@ def test_a_report_prints_and_is_plain_data() -> None:
         format="safetensors",
         n_tensors=2,
         n_bytes=1000,
+        n_read_bytes=1100,
         bytes_by_action={"map": 750, "cast": 250},
         stages_ms={"open": 1.0, "place": 1.0},
         missing_keys=("a.0.w", "a.1.w"),
@@ -58,6 +59,7 @@ def test_a_report_prints_and_is_plain_data() -> None:
     assert report.mapped_share == 0.75
     assert report.gb_per_s == pytest.approx(1000 / 2e-3 / 1e9)
     text = str(report)
+    assert "2, 1.0 kB, 1.1 kB asked of the files" in text
     assert "75% mapped without copying" in text
     assert "missing  a.{0...1}.w" in text
     assert json.loads(json.dumps(report.to_dict()))["mapped_share"] == 0.75

@@ -55,6 +55,7 @@ def _load_state_dict(where: Where, dtype: DType | None) -> LoadReport:
         format=checkpoint.format,
         n_tensors=len(tensors),
         n_bytes=plan.n_bytes,
+        n_read_bytes=plan.asked_bytes(),
         bytes_by_action=plan.bytes_by_action(),
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,

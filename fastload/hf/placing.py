@@ -162,6 +162,7 @@ def _report(
         format=checkpoint.format if checkpoint else "",
         n_tensors=n_tensors,
         n_bytes=sum(done.bytes_by_action.values()),
+        n_read_bytes=sum(done.bytes_by_action.values()),
         bytes_by_action=done.bytes_by_action,
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,

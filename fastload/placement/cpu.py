@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fastload.dtypes import to_torch
+from fastload.placement.slices import place_slices
 from fastload.plan.rows import Action, LoadPlan, PlanRow
 from fastload.progress import Progress
 from fastload.storage.casting import CastRequest, cast_tensors
@@ -20,6 +21,7 @@ def place(
     open_file: Callable[[str], MappedFile],
     existing: Mapping[str, torch.Tensor] | None = None,
     title: str = "loading",
+    notes: list[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a plan by name.
 
@@ -28,17 +30,21 @@ def place(
         open_file: path -> the mapped file; called often, so it should remember.
         existing: the module's own tensors, for rows that fill memory that is there.
         title: label of the progress bar.
+        notes: choices that were made are added to it.
     """
     existing = existing or {}
     mapped: dict[str, list[PlanRow]] = {}
     cast: list[PlanRow] = []
     moved: list[PlanRow] = []
+    apart: list[PlanRow] = []
     as_mapped, as_cast = Action.MAP, Action.CAST  # looking them up costs 0.1 us a row
     for row in plan.rows:
         if row.action is as_mapped:
             mapped.setdefault(row.spec.region.file, []).append(row)
+        elif row.action is as_cast:
+            cast.append(row)
         else:
-            (cast if row.action is as_cast else moved).append(row)
+            (apart if row.action is Action.SLICE else moved).append(row)
     placed: dict[str, torch.Tensor] = {}
     for path, rows in mapped.items():
         tensors = open_file(path).tensors([row.spec for row in rows])
@@ -50,6 +56,11 @@ def place(
             for row in moved:
                 placed[row.fqn] = _write(row, open_file(row.spec.region.file), existing.get(row.fqn))
                 progress.advance(row.spec.region.n_bytes)
+    if apart:
+        slices, found = place_slices(apart, open_file, existing, title)
+        placed |= slices
+        if notes is not None:
+            notes += found
     return placed
 
 
@@ -58,13 +69,7 @@ def _write(row: PlanRow, file: MappedFile, destination: torch.Tensor | None) -> 
     if row.action in (Action.COPY, Action.DECODE):
         # The file made this tensor memory of its own, because its bytes cannot be used where they lie.
         return source
-    if row.action is Action.SLICE:
-        result = destination
-        if result is None:
-            result = torch.empty(row.spec.shape, dtype=to_torch(row.dtype), device="cpu")
-        result.copy_(source)
-        result = result.to(row.device) if row.device else result
-    elif row.action is Action.FILL:
+    if row.action is Action.FILL:
         assert destination is not None
         destination.copy_(source)
         result = destination

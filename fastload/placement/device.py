@@ -202,9 +202,9 @@ def _by_device(
     """The rows that staging brings to accelerators, by the accelerator's name."""
     found: dict[str, tuple[Device, list[Row]]] = {}
     devices = cache(staging.devices)
-    as_moved = Action.MOVE  # looking it up for each of many rows shows
+    as_moved, as_slice = Action.MOVE, Action.SLICE  # looking them up for each of many rows shows
     for row in rows:
-        if row.action is not as_moved and row.device:
+        if row.action is not as_moved and row.action is not as_slice and row.device:
             continue
         device = _device_of(row, devices, existing)
         if device is not None:
@@ -249,4 +249,4 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _n_file_bytes(row: Row) -> int:
-    return row.spec.n_bytes if isinstance(row, FusedRow) else row.spec.region.n_bytes
+    return row.spec.n_bytes if isinstance(row, FusedRow) or row.spec.view is not None else row.spec.region.n_bytes

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from fastload.dtypes import to_torch
+from fastload.formats.runs import runs_of
 from fastload.plan.fusing import Piece
 from fastload.plan.rows import Action, FusedRow, LoadPlan
 from fastload.storage.mapping import MappedFile
@@ -69,9 +70,11 @@ def _gather(row: FusedRow, open_file: Callable[[str], MappedFile], existing: tor
 
     def write(piece: Piece) -> None:
         file = open_file(piece.spec.region.file)
+        if piece.spec.view is not None and piece.spec.region.encoding is None:
+            file.ask_for(runs_of(piece.spec))
         with torch.no_grad():
             box = destination.as_strided(piece.spec.shape, piece.stride, destination.storage_offset() + piece.offset)
-            box.copy_(file.tensor(piece.spec))
+            box.copy_(file.part(piece.spec))
         file.release(piece.spec.region)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "fastload-gather") as writers:

@@ -48,7 +48,8 @@ def place_all(
         title: label of the progress bar.
     """
     existing = existing or {}
-    plan, tensors, notes = place_on_devices(plan, staging, existing, title)
-    tensors |= place(plan, open_file, existing, title)
+    plan, tensors, staged_notes = place_on_devices(plan, staging, existing, title)
+    notes = [*staged_notes]
+    tensors |= place(plan, open_file, existing, title, notes)
     fused, n_remapped_bytes = place_fused(plan, open_file, existing)
-    return Placed(tensors | fused, n_remapped_bytes, notes)
+    return Placed(tensors | fused, n_remapped_bytes, tuple(notes))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from fastload.dtypes import DTYPES, DType
 from fastload.errors import KeyMatchError
+from fastload.formats.runs import runs_of
 from fastload.formats.specs import TensorSpec
 from fastload.options import LoadOptions
 from fastload.plan.boxes import narrow, narrow_fused
@@ -14,7 +15,7 @@ from fastload.plan.fusing import FusedSpec, fuse
 from fastload.plan.keys import KeyMatch, KeyRules, match_keys
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.plan.slots import Slot
-from fastload.reports import collapse_keys
+from fastload.reports import collapse_keys, format_bytes
 
 __all__ = ["device_finder", "plan_fused_row", "plan_model", "plan_row", "plan_state_dict", "target_dtype"]
 
@@ -116,7 +117,11 @@ def _plan_part(slot: Slot, whole: TensorSpec, dtype: DType, device: str) -> Plan
         row = PlanRow(slot.fqn, spec, slot.dtype, "", Action.FILL, _HAS_MEMORY)
     if spec is whole or spec.view is None:
         return row
-    return row._replace(action=Action.SLICE, reason="a part whose rows lie apart in the file")
+    reason = "a part of what can only be decoded whole"
+    if spec.region.encoding is None:
+        runs = runs_of(spec)
+        reason = f"a part that lies in {runs.n_runs} runs of {format_bytes(runs.n_bytes)} in the file"
+    return row._replace(action=Action.SLICE, reason=reason)
 
 
 def plan_fused_row(fqn: str, spec: FusedSpec, dtype: DType, device: str) -> FusedRow:

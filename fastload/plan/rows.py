@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from fastload.dtypes import DType
+from fastload.formats.runs import asked_bytes
 from fastload.formats.specs import TensorSpec
 from fastload.plan.fusing import FusedSpec
 from fastload.plan.keys import KeyMatch
@@ -39,8 +40,14 @@ class Action(Enum):
     """fused: every piece is written into its place, and converted if need be"""
     SLICE = "slice"
     """a rank's part whose rows do not follow each other in the file: copied side by side, and converted if need be"""
+    EXCHANGE = "exchange"
+    """read by one rank of the machine, and handed to the others that need it"""
     MOVE = "move"
     """sent to another device, converted there if need be"""
+
+
+# Of these the region is what lies between the first byte and the last.
+_PARTS = (Action.SLICE, Action.EXCHANGE)
 
 
 class PlanRow(NamedTuple):
@@ -100,12 +107,17 @@ class LoadPlan:
         """Bytes in the files of all rows. A storage that several rows share counts once."""
         return sum(self.bytes_by_action().values())
 
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """What is taken of the files: the tensors of single rows, then the pieces of fused ones."""
+        return [row.spec for row in self.rows] + [piece.spec for row in self.fused for piece in row.spec.pieces]
+
     def bytes_by_action(self) -> dict[str, int]:
         """Bytes in the files by action, in the order in which actions first occur."""
         counts: Counter[str] = Counter()
         seen: set[tuple[Any, ...]] = set()
         for action, rows in groupby(self.rows, attrgetter("action")):
-            if action is Action.SLICE:
+            if action in _PARTS:
                 counts[action.value] += sum(row.spec.n_bytes for row in rows)
                 continue
             regions = {row.spec.region[:3] for row in rows} - seen
@@ -114,6 +126,11 @@ class LoadPlan:
         for fused in self.fused:
             counts[fused.action.value] += fused.spec.n_bytes
         return {action: n_bytes for action, n_bytes in counts.items() if n_bytes}
+
+    def asked_bytes(self) -> int:
+        """Bytes of the files that these rows ask for: mapped, or read with what is read over between two runs."""
+        specs = self.specs
+        return sum({(spec.region, spec.shape, spec.view): asked_bytes(spec) for spec in specs}.values())
 
     def bytes_by_outcome(self, n_remapped_bytes: int) -> dict[str, int]:
         """Bytes by what was done: of those that were to be remapped, the edges of pieces had to be copied."""
@@ -139,7 +156,7 @@ class LoadPlan:
                     "key": row.spec.key,
                     "file": row.spec.region.file,
                     "offset_bytes": row.spec.region.offset_bytes,
-                    "n_bytes": row.spec.n_bytes if row.action is Action.SLICE else row.spec.region.n_bytes,
+                    "n_bytes": row.spec.n_bytes if row.action in _PARTS else row.spec.region.n_bytes,
                     "from_dtype": row.spec.dtype.code,
                     "dtype": row.dtype.code,
                     "shape": list(row.spec.shape),

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from math import prod
 from typing import NamedTuple
 
 from fastload.dtypes import DType
 from fastload.errors import OptionError
 from fastload.formats.chunks import Chunk, Part, Read
-from fastload.formats.specs import Region, contiguous_stride
+from fastload.formats.runs import runs_of
+from fastload.formats.specs import Region, TensorSpec, contiguous_stride
+from fastload.plan.boxes import Box, narrow
 from fastload.plan.fusing import Piece
-from fastload.plan.rows import FusedRow, PlanRow
+from fastload.plan.rows import Action, FusedRow, PlanRow
 
 __all__ = ["Limits", "Place", "StagingPlan", "Wanted", "can_be_staged", "plan_staging", "wanted_of"]
 
@@ -158,7 +160,11 @@ class _Copy(NamedTuple):
 def can_be_staged(row: PlanRow | FusedRow) -> bool:
     """Whether a row is raw bytes of files that become a tensor by copies and a conversion of floating point types."""
     specs = [piece.spec for piece in row.spec.pieces] if isinstance(row, FusedRow) else [row.spec]
-    if any(spec.view is not None or spec.region.encoding is not None for spec in specs):
+    if any(spec.region.encoding is not None for spec in specs):
+        return False
+    # Views of a file's storages keep sharing it; a rank's part shares nothing.
+    is_part = isinstance(row, FusedRow) or row.action is Action.SLICE
+    if any(spec.view is not None and not (is_part and _has_long_rows(spec)) for spec in specs):
         return False
     return all(spec.dtype is row.dtype or (spec.dtype.castable and row.dtype.castable) for spec in specs)
 
@@ -180,11 +186,11 @@ def wanted_of(
         group, given = group_of(row.fqn), is_given(row)
         at: tuple[object, ...] = (row.fqn,)
         if isinstance(row, FusedRow):
-            pieces = row.spec.pieces
+            pieces = tuple(part for piece in row.spec.pieces for part in _rows_of(piece))
         else:
             spec = row.spec
-            pieces = (Piece(spec, 0, contiguous_stride(spec.shape)),)
-            if not given and spec.region.n_bytes:
+            pieces = tuple(_rows_of(Piece(spec, 0, contiguous_stride(spec.shape))))
+            if not given and spec.region.n_bytes and spec.view is None:
                 at = (spec.region, spec.dtype, row.dtype, spec.shape)
         known = found.get(at)
         if known is None:
@@ -192,6 +198,33 @@ def wanted_of(
         else:
             found[at] = known._replace(names=(*known.names, row.fqn), group=min(known.group, group))
     return list(found.values())
+
+
+def _has_long_rows(spec: TensorSpec) -> bool:
+    """Whether the rows of a tensor are long enough in its file for each to be a copy of its own."""
+    runs = runs_of(spec, gap_bytes=0)
+    return runs.n_bytes >= _LEAST_PART_BYTES and runs.stride == contiguous_stride(spec.shape)
+
+
+def _rows_of(piece: Piece) -> Iterator[Piece]:
+    """A piece as pieces that are runs of the file: itself, or rows that lie apart there."""
+    spec, offset, stride = piece
+    if spec.view is None:
+        yield piece
+        return
+    nothing = (0,) * len(spec.shape)
+    # So many dimensions are gone through, one index after the other, that what is left of the others is a run.
+    n_outer = next(n for n in range(len(nothing)) if _row(spec, nothing, n).view is None)
+    for index in product(*map(range, spec.shape[:n_outer])):
+        row = _row(spec, (*index, *nothing[n_outer:]), n_outer)
+        at = offset + sum(number * step for number, step in zip(index, stride, strict=False))
+        # What a dimension of size 1 would step over is of no account.
+        steps = zip(row.shape, stride, contiguous_stride(row.shape), strict=True)
+        yield Piece(row, at, tuple(plain if size == 1 else step for size, step, plain in steps))
+
+
+def _row(spec: TensorSpec, offset: tuple[int, ...], n_outer: int) -> TensorSpec:
+    return narrow(spec, Box(offset, (*(1,) * n_outer, *spec.shape[n_outer:])))
 
 
 def plan_staging(wanted: Iterable[Wanted], limits: Limits | None = None) -> StagingPlan:

@@ -18,6 +18,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,10 @@ import torch
 
 from fastload.dtypes import DType, to_torch
 from fastload.errors import ChangedFileError, FormatError, TruncatedFileError, UnreadableFileError
+from fastload.formats.runs import Runs
 from fastload.formats.specs import Region, TensorSpec
 from fastload.storage.decoding import decode
+from fastload.storage.residency import residency
 
 __all__ = ["MappedFile", "array_type", "is_mappable", "open_unchanged"]
 
@@ -58,7 +61,7 @@ class MappedFile:
         n_file_bytes: its size when its header was read. A file that has become shorter since is an error here;
             touching a page beyond its end would kill the process.
         modified_ns: when it was modified last, as it said then; None not to compare that.
-        descriptor: the file, if it is open already; it stays open.
+        descriptor: the file, if it is open already; it stays open, and must while `is_warm` and `ask_for` are used.
 
     Raises:
         UnreadableFileError: it cannot be opened or mapped.
@@ -70,6 +73,8 @@ class MappedFile:
         self, path: str, n_file_bytes: int, modified_ns: int | None = None, descriptor: int | None = None
     ) -> None:
         self.path = path
+        # Borrowed: one of its own would be a third for each of what may be a thousand files.
+        self._descriptor = descriptor
         fd = open_unchanged(path, n_file_bytes, modified_ns, descriptor)
         try:
             self._mmap = mmap.mmap(fd, n_file_bytes, access=mmap.ACCESS_COPY)
@@ -118,6 +123,26 @@ class MappedFile:
             made.append(tensor if viewed_as is None else tensor.view(viewed_as))
         return made
 
+    def part(self, spec: TensorSpec) -> torch.Tensor:
+        """A part of a tensor whose rows lie apart, to be copied at once: as `tensor` makes it."""
+        return self.tensor(spec)
+
+    def is_warm(self) -> bool:
+        """Whether all of the file is known to be in the page cache (see `residency`)."""
+        return self._descriptor is not None and residency(self._descriptor).is_warm
+
+    def ask_for(self, runs: Runs) -> None:
+        """Have the kernel read runs into the page cache, and nothing around them, without waiting.
+
+        Advice: what is not there when it is used is read then.
+        """
+        if self._descriptor is None or not hasattr(os, "posix_fadvise"):
+            return
+        descriptor, n_bytes, advise, advice = self._descriptor, runs.n_bytes, os.posix_fadvise, os.POSIX_FADV_WILLNEED
+        with suppress(OSError):
+            for offset in runs.offsets():
+                advise(descriptor, offset, n_bytes, advice)
+
     def release(self, region: Region) -> None:
         """Let go of a region that was read once and will not be used again. Safe to be called by several threads.
 
@@ -127,8 +152,9 @@ class MappedFile:
         for at in list(self._storages):
             if at[0] == region.offset_bytes:
                 self._storages.pop(at, None)
+        n_bytes = region.n_bytes if region.encoding is None else region.encoding.n_bytes
         begin = -(-region.offset_bytes // _PAGE) * _PAGE
-        end = (region.offset_bytes + region.n_bytes) // _PAGE * _PAGE
+        end = (region.offset_bytes + n_bytes) // _PAGE * _PAGE
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._mmap.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 

@@ -96,11 +96,12 @@ class Readahead:
     Args:
         extents: what to read, in order. What lies in the page cache already is not read again.
         way: how; None for what suits the file system of the first.
+        nothing_behind: the kernel shall not read on behind an extent, as it does for who reads in order.
     """
 
-    def __init__(self, extents: Sequence[Extent], way: Way | None = None) -> None:
+    def __init__(self, extents: Sequence[Extent], way: Way | None = None, *, nothing_behind: bool = False) -> None:
         self.way = way or choose_way(file_system(extents[0].file) if extents else FileSystem("unknown", False))
-        self._work = _Work(extents, self.way)
+        self._work = _Work(extents, self.way, nothing_behind)
         self._finalizer = weakref.finalize(self, _Work.stop, self._work)
         for index in range(self._work.n_threads):
             thread = threading.Thread(target=self._work.run, name=f"fastload-readahead-{index}", daemon=True)
@@ -131,10 +132,11 @@ class Readahead:
 class _Work:
     """What the threads share. They hold this and not the `Readahead`, so that it can be collected."""
 
-    def __init__(self, extents: Sequence[Extent], way: Way) -> None:
+    def __init__(self, extents: Sequence[Extent], way: Way, nothing_behind: bool) -> None:
         self.n_threads = min(way.n_threads, sum(-(-extent.n_bytes // way.chunk_bytes) for extent in extents))
         self.n_brought_bytes = 0
         self._way = way
+        self._nothing_behind = nothing_behind
         self._lock = threading.Lock()
         self._chunks = (chunk for extent in extents for chunk in _chunks(extent, way.chunk_bytes))
         self._stopped = False
@@ -172,6 +174,8 @@ class _Work:
         with self._lock:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                if self._nothing_behind and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_RANDOM)
             return self._descriptors[file]
 
     def _take(self) -> Extent | None:

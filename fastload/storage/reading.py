@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 
 from fastload.dtypes import to_torch
 from fastload.errors import TruncatedFileError, UnreadableFileError
+from fastload.formats.runs import runs_of
 from fastload.formats.specs import Region, TensorSpec
 from fastload.storage.decoding import decode
 from fastload.storage.mapping import MappedFile, open_unchanged
@@ -25,6 +26,7 @@ from fastload.storage.mapping import MappedFile, open_unchanged
 __all__ = ["ReadFile"]
 
 _READ_BYTES = 4 << 20
+_BATCH_BYTES = 1 << 20
 _N_READERS = 8
 
 
@@ -49,7 +51,7 @@ class ReadFile(MappedFile):
 
     def __init__(self, path: str, n_file_bytes: int, modified_ns: int | None = None) -> None:
         self.path = path
-        self._descriptor = open_unchanged(path, n_file_bytes, modified_ns)
+        self._descriptor: int = open_unchanged(path, n_file_bytes, modified_ns)
         weakref.finalize(self, os.close, self._descriptor)
         self._held: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -75,6 +77,27 @@ class ReadFile(MappedFile):
         """Read the storages of many tensors at once, those that lie first in the file first. Raises as `tensor`."""
         missing = [spec for spec in specs if _place(spec) not in self._held]
         self._held |= self._read_storages(sorted(missing, key=lambda spec: spec.region[:2]))
+
+    def part(self, spec: TensorSpec, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A part of a tensor whose rows lie apart, read into memory of its own. Raises as `tensor`.
+
+        Args:
+            spec: the part.
+            into: a flat tensor of so many bytes as its runs have, to be read into.
+        """
+        if spec.region.encoding is not None:
+            return self.tensor(spec)
+        runs = runs_of(spec)
+        if into is None:
+            into = torch.empty(runs.n_read_bytes, dtype=torch.uint8, device="cpu")
+        storage = into.view(to_torch(spec.dtype))
+        if runs.n_read_bytes:
+            # The kernel asks a server for more of them at once than there are readers.
+            self.ask_for(runs)
+            held = _bytes_of(storage)
+            begins = range(0, runs.n_read_bytes, runs.n_bytes)
+            self._read([_Read(at, held[b : b + runs.n_bytes]) for at, b in zip(runs.offsets(), begins, strict=True)])
+        return storage.as_strided(spec.shape, runs.stride)
 
     def release(self, region: Region) -> None:
         """Let go of a region; its memory is freed with the last tensor made of it."""
@@ -116,13 +139,18 @@ class ReadFile(MappedFile):
             for offset, destination in reads
             for begin in range(0, len(destination), _READ_BYTES)
         ]
-        if len(pieces) < 2:
-            for piece in pieces:
-                self._read_piece(piece)
+        batches = list(_batches(pieces))
+        if len(batches) < 2:
+            for batch in batches:
+                self._read_batch(batch)
             return
-        with ThreadPoolExecutor(min(_N_READERS, len(pieces)), "fastload-read") as readers:
+        with ThreadPoolExecutor(min(_N_READERS, len(batches)), "fastload-read") as readers:
             # Joining the results raises what a reader raised.
-            list(readers.map(self._read_piece, pieces))
+            list(readers.map(self._read_batch, batches))
+
+    def _read_batch(self, batch: Sequence[_Read]) -> None:
+        for piece in batch:
+            self._read_piece(piece)
 
     def _read_piece(self, piece: _Read) -> None:
         offset, destination = piece
@@ -136,6 +164,20 @@ class ReadFile(MappedFile):
             if n == 0:
                 raise TruncatedFileError.since_opened(self.path, offset + len(destination), offset)
             offset, destination = offset + n, destination[n:]
+
+
+def _batches(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
+    """Reads for one thread to do one after another: small ones together."""
+    batch: list[_Read] = []
+    n_bytes = 0
+    for read in reads:
+        if batch and n_bytes + len(read.destination) > _BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(read)
+        n_bytes += len(read.destination)
+    if batch:
+        yield batch
 
 
 def _place(spec: TensorSpec) -> tuple[int, int, torch.dtype]:

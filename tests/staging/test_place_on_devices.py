@@ -17,15 +17,17 @@ from safetensors.torch import save_file
 import fastload
 from fastload.checkpoint import Checkpoint, open_checkpoint
 from fastload.detaching import detach
+from fastload.dtypes import DTYPES
 from fastload.errors import DeviceMemoryError, OptionError, TruncatedFileError
 from fastload.loader import fill_module
 from fastload.options import LoadOptions, parse_dtype
 from fastload.placement.device import Staging, begin_pinning, place_on_devices
 from fastload.placement.placing import place_all
+from fastload.plan.boxes import Box, narrow
 from fastload.plan.fusing import Concatenate, Fusion, Stack
-from fastload.plan.keys import KeyRules
+from fastload.plan.keys import KeyMatch, KeyRules
 from fastload.plan.planning import plan_state_dict
-from fastload.plan.rows import LoadPlan
+from fastload.plan.rows import Action, LoadPlan, PlanRow
 from fastload.plan.staging import Limits
 from fastload.reports import LoadReport, Stopwatch
 from fastload.storage.devices import CpuDevice, Device
@@ -97,6 +99,37 @@ def test_eight_bit_floats_and_complex_numbers(tmp_path: Path, staging_to: Stagin
     save_file(tensors | {"complex": torch.randn(6, dtype=torch.complex64)}, tmp_path / "model.safetensors")
     found = state_dict_on(open_checkpoint(tmp_path), staging_to(CountingDevice()), "bfloat16")
     assert_same(found, fastload.load_state_dict(tmp_path, dtype="bfloat16"))
+
+
+def parts_of(checkpoint: Checkpoint, box: Box, device: str, dtype: str = "F32") -> LoadPlan:
+    spec = narrow(checkpoint.specs["weight"], box)
+    return LoadPlan((PlanRow("weight", spec, DTYPES[dtype], device, Action.SLICE),), KeyMatch({}, (), (), ()))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("box", [Box((0, 1, 16384), (3, 4, 16384)), Box((1, 2, 0), (2, 2, 40_000))])
+def test_parts_whose_long_rows_lie_apart_are_staged(
+    tmp_path: Path, staging_to: StagingTo, box: Box, dtype: str
+) -> None:
+    whole = torch.randn(3, 5, 40_000)
+    save_file({"weight": whole}, tmp_path / "model.safetensors")
+    checkpoint, device = open_checkpoint(tmp_path), CountingDevice()
+    plan = parts_of(checkpoint, box, "cuda:0", dtype)
+    left, found, _ = place_on_devices(plan, staging_to(device), {})
+    assert left.rows == ()
+    index = tuple(slice(begin, begin + size) for begin, size in zip(*box, strict=True))
+    assert_same(found, {"weight": whole[index].to(found["weight"].dtype)})
+    given = torch.zeros(box.shape)
+    staging = staging_to(CountingDevice("cpu"))
+    left, found, _ = place_on_devices(parts_of(checkpoint, box, ""), staging, {"weight": given})
+    assert found["weight"] is given
+    assert_same(found, {"weight": whole[index]})
+
+
+def test_parts_in_short_rows_are_put_together_first(tmp_path: Path, staging_to: StagingTo) -> None:
+    save_file({"weight": torch.randn(50, 200)}, tmp_path / "model.safetensors")
+    plan = parts_of(open_checkpoint(tmp_path), Box((0, 0), (50, 100)), "cuda:0")
+    assert place_on_devices(plan, staging_to(CountingDevice()), {}) == (plan, {}, ())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
