@@ -21,6 +21,7 @@
     +-- IncompleteModelError                  a tensor would be left without a value
     +-- BlockError (OSError)                  weights that arrive while the model runs could not be read
     +-- DeviceMemoryError (MemoryError)       an accelerator has too little memory, or none can be pinned for it
+    +-- RankError (RuntimeError)              another rank of a process group failed, or is gone
     +-- SaveError (OSError)                   writing failed; the previous checkpoint is untouched
     +-- MissingDependencyError (ImportError)  an optional package is needed and absent
 
@@ -49,6 +50,7 @@ __all__ = [
     "KeyMatchError",
     "MissingDependencyError",
     "OptionError",
+    "RankError",
     "SaveError",
     "SharedMemoryError",
     "TruncatedFileError",
@@ -184,6 +186,10 @@ class BlockError(FastloadError, OSError):
 
 class DeviceMemoryError(FastloadError, MemoryError):
     """Weights do not fit into the memory of an accelerator, or host memory cannot be pinned for it. All was freed."""
+
+
+class RankError(FastloadError, RuntimeError):
+    """Another rank of a process group failed in what ranks do together, or is gone."""
 
 
 class SaveError(FastloadError, OSError):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +29,7 @@ from fastload.placement.placing import place_all
 from fastload.plan.fusing import Fusion
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import plan_model, plan_state_dict
-from fastload.plan.rows import Action
+from fastload.plan.rows import Action, LoadPlan
 from fastload.plan.sharding import parse_size
 from fastload.plan.slots import Slot, describe_modules, walk_modules
 from fastload.reports import LoadReport, Stopwatch
@@ -37,11 +38,16 @@ from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
 from fastload.streaming.arrivals import Arrivals, parse_memory_budget
 
+if TYPE_CHECKING:
+    from fastload.distributed.exchanging import ReadTogether
+    from fastload.distributed.node import Node
+
 __all__ = [
     "fill_module",
     "load_model",
     "load_state_dict",
     "parse_pinned_memory",
+    "ranks_of_machine",
     "remember_report",
     "report",
 ]
@@ -115,6 +121,7 @@ def load_model(
     stream: bool = False,
     memory_budget: int | str | None = None,
     pinned_memory: int | str | None = None,
+    dedup: str | None = None,
     verify: bool = False,
     **where: Any,
 ) -> LoadReport:
@@ -141,11 +148,18 @@ def load_model(
         memory_budget: most bytes of weights to keep in memory, as a number or "4GB"; blocks beyond it are read for
             each forward, while the block before computes.
         pinned_memory: most host memory that is pinned to load to a CUDA device, as for `load_state_dict`.
+        dedup: "node" to have the ranks of a machine read cold files for each other: each byte that several of them
+            need is read by one and handed over, as are parts side by side whose rows are short. All ranks of the
+            machine must load the same checkpoint, at the same time. The default, None, has each rank read its own
+            part, and waits for nobody; it is right wherever the ranks share a page cache: that reads a byte once for
+            all who map it, and they share its memory too. "node" is for where they do not: mounts of their own or
+            without a cache, a checkpoint that is larger than memory, storage that is slow with short rows.
         verify: first compare all bytes of the files with their checksums (see `Checkpoint.verify`).
         where: which files, as for `open_checkpoint`.
 
     Raises:
         KeyMatchError: the keys do not fit.
+        RankError: with ``dedup``, another rank of the machine failed, or is gone.
         IntegrityError: with ``verify``, bytes are not those that were written.
         IncompleteModelError: something would be left on meta.
     """
@@ -162,20 +176,37 @@ def load_model(
         stream=stream,
         memory_budget_bytes=parse_memory_budget(memory_budget),
         pinned_bytes=parse_pinned_memory(pinned_memory),
+        dedup=dedup,
     )
-    with paused_collector():
+    with paused_collector(), ranks_of_machine(options) as node:
         with clock("open"):
             checkpoint = open_checkpoint(path, **where)
             begin_pinning(
                 options.device_map.values(), lambda: checkpoint.n_bytes, Staging(device_for, options.pinned_bytes)
             )
-            if memory_budget is None and home is None:
+            if memory_budget is None and home is None and node is None:
                 checkpoint.read_ahead()
         if verify:
             with clock("verify"):
                 checkpoint.verify()
         rules = KeyRules(fusions=tuple(fusions))
-        return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules)
+        return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules, node=node)
+
+
+@contextmanager
+def ranks_of_machine(options: LoadOptions) -> Iterator[Node | None]:
+    """The ranks that options have read for each other, for `fill_module`; None if they read for themselves.
+
+    A load that fails in here before it comes to them tells them, so that they do not wait.
+    """
+    if options.dedup is None:
+        yield None
+        return
+    from fastload.distributed.node import join_node
+
+    node = join_node(options.device_map.get(""))
+    with node.failing_together():
+        yield node
 
 
 def parse_pinned_memory(pinned_memory: int | str | None) -> int:
@@ -208,8 +239,22 @@ def fill_module(
     rules: KeyRules | None = None,
     initialise: Initialiser | None = None,
     devices: Devices = device_for,
+    node: Node | None = None,
 ) -> LoadReport:
     """Plan, place and finish. Nothing of the module is changed before the plan has been accepted."""
+    if options.dedup is not None and node is None:
+        with ranks_of_machine(options) as node:
+            return fill_module(
+                module,
+                checkpoint,
+                options,
+                source=source,
+                clock=clock,
+                rules=rules,
+                initialise=initialise,
+                devices=devices,
+                node=node,
+            )
     staging = Staging(devices, options.pinned_bytes, path_of=checkpoint.held_path)
     before_bytes = private_bytes()
     rules = rules or KeyRules()
@@ -218,9 +263,6 @@ def fill_module(
         slots = _with_boxes(describe_modules(modules), modules, options)
         plan = plan_model(checkpoint.specs, slots, options, rules, source, others=checkpoint.others)
         is_part = any(slot.box for slot in slots.values())
-        if is_part and (in_one_run := [row.spec for row in plan.rows if row.action is not Action.SLICE]):
-            # What lies between is another rank's, and not read ahead.
-            checkpoint.read_ahead(in_one_run, nothing_between=True)
         empty = left_empty(plan, slots)
         if initialise is None and empty:
             raise incomplete("the files do not have these parameters, and the module has no values for them", empty)
@@ -229,6 +271,14 @@ def fill_module(
         existing = (
             _memory_of(module, slots) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
         )
+        whole = plan
+        shared = None if node is None else _read_together(node, plan, checkpoint, existing)
+        if shared is not None:
+            whole, plan = shared.plan, shared.left
+        if is_part or node is not None:
+            # What lies between is another rank's, and not read ahead.
+            in_one_run = [row.spec for row in plan.rows if row.action is not Action.SLICE]
+            checkpoint.read_ahead(in_one_run, nothing_between=True)
         open_file: Callable[[str], MappedFile] = checkpoint.open_file
         if arrivals.reads_all:
             beside_a_device = has_staged_rows(plan, staging)
@@ -237,16 +287,18 @@ def fill_module(
         placed = place_all(now, open_file, staging, existing, title=os.path.basename(source) or source)
         # What is still to come is tied and finished with what stands for it.
         tensors = placed.tensors | {row.fqn: placeholder(modules, row.fqn) for row in later.all_rows}
+        tensors |= shared.tensors if shared else {}
         n_remapped_bytes = placed.n_remapped_bytes
         n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     with clock("finish"):
-        notes = [*checkpoint.notes, *placed.notes]
-        notes += finish(modules, slots, plan, tensors, empty, options, rules, initialise)
+        notes = [*checkpoint.notes, *placed.notes, *([shared.note] if shared else [])]
+        notes += finish(modules, slots, whole, tensors, empty, options, rules, initialise)
         notes += arrivals.begin(module, open_file, staging)
-    bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes)
+    bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes) | (shared.bytes_by_action if shared else {})
     n_bytes = sum(bytes_by_action.values())
     # Only a rank's parts, and what is compressed, are not read as they are.
-    n_read_bytes = plan.asked_bytes() if is_part or checkpoint.format == "bin" else n_bytes
+    is_as_it_is = not is_part and shared is None and checkpoint.format == "safetensors"
+    n_read_bytes = n_bytes if is_as_it_is else plan.asked_bytes() + (shared.n_read_bytes if shared else 0)
     if options.detached:
         with clock("detach"):
             detach(module)
@@ -256,21 +308,29 @@ def fill_module(
         source=source,
         files=checkpoint.files,
         format=checkpoint.format,
-        n_tensors=len(plan.rows) + sum(len(row.spec.pieces) for row in plan.fused),
+        n_tensors=len(whole.rows) + sum(len(row.spec.pieces) for row in whole.fused),
         n_bytes=n_bytes,
         n_read_bytes=n_read_bytes,
         bytes_by_action=bytes_by_action,
         stages_ms=clock.stages_ms,
         private_bytes=None if before_bytes is None or after_bytes is None else after_bytes - before_bytes,
-        missing_keys=plan.keys.missing,
-        unexpected_keys=plan.keys.unexpected,
-        mismatched_keys=plan.mismatched,
-        ignored_keys=plan.keys.ignored,
+        missing_keys=whole.keys.missing,
+        unexpected_keys=whole.keys.unexpected,
+        mismatched_keys=whole.mismatched,
+        ignored_keys=whole.keys.ignored,
         initialised_keys=tuple(empty),
         notes=tuple(notes),
     )
     remember_report(module, result)
     return result
+
+
+def _read_together(
+    node: Node, plan: LoadPlan, checkpoint: Checkpoint, existing: Mapping[str, torch.Tensor]
+) -> ReadTogether:
+    from fastload.distributed.exchanging import read_together
+
+    return read_together(node, plan, checkpoint, existing)
 
 
 def _mesh_device(module: nn.Module) -> str | None:

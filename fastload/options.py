@@ -89,6 +89,7 @@ class LoadOptions:
         stream: bring them in the background, in the order of use, while the caller goes on.
         memory_budget_bytes: most bytes of weights that are kept in memory; the others are read for each forward.
         pinned_bytes: most pinned host memory that a load to an accelerator takes, for each of them.
+        dedup: "node" to have the ranks of a machine read for each other; None for each to read for itself.
     """
 
     dtype: DType | None = None
@@ -101,6 +102,7 @@ class LoadOptions:
     stream: bool = False
     memory_budget_bytes: int | None = None
     pinned_bytes: int = PINNED_BYTES
+    dedup: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not self.dtype.castable:
@@ -114,6 +116,10 @@ class LoadOptions:
         if len(chosen) > 1 or (chosen and self.detached):
             found = ", ".join([*chosen, *(["detached"] if self.detached else [])])
             raise OptionError("these options exclude each other", found=found, fix="choose one of them")
+        if self.dedup not in (None, "node"):
+            raise OptionError("not a way to share reading", key="dedup", expected="None or 'node'", found=self.dedup)
+        if self.dedup is not None and chosen:
+            raise OptionError("what ranks read for each other cannot arrive later", key="dedup", found=chosen[0])
 
     @property
     def is_deferred(self) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from fastload.formats.specs import StorageView, TensorSpec, contiguous_stride
 from fastload.plan.fusing import FusedSpec, Piece
 
-__all__ = ["Box", "Split", "box_of", "narrow", "narrow_fused"]
+__all__ = ["Box", "Split", "box_in", "box_of", "inside", "narrow", "narrow_fused", "overlap"]
 
 
 class Split(NamedTuple):
@@ -49,6 +49,30 @@ def box_of(shape: tuple[int, ...], splits: Iterable[Split]) -> Box:
         offset[dim] += begin
         sizes[dim] = min(most, sizes[dim] - begin)
     return Box(tuple(offset), tuple(sizes))
+
+
+def overlap(a: Box, b: Box) -> Box:
+    """What two boxes of one tensor have in common; a box without elements if that is nothing."""
+    begins = tuple(map(max, a.offset, b.offset))
+    ends = (min(x + n, y + m) for x, n, y, m in zip(*a, *b, strict=True))
+    return Box(begins, tuple(max(0, end - begin) for begin, end in zip(begins, ends, strict=True)))
+
+
+def inside(part: Box, box: Box) -> bool:
+    """Whether a box lies in another one."""
+    return overlap(part, box) == part
+
+
+def box_in(whole: TensorSpec, part: TensorSpec) -> Box:
+    """The box of a contiguous tensor of the files that `narrow` made a part of."""
+    if not prod(part.shape):
+        return Box((0,) * len(part.shape), part.shape)
+    left = (part.region.offset_bytes - whole.region.offset_bytes) // whole.dtype.itemsize
+    offset = []
+    for step in contiguous_stride(whole.shape):
+        offset.append(left // step)
+        left %= step
+    return Box(tuple(offset), part.shape)
 
 
 def narrow(spec: TensorSpec, box: Box) -> TensorSpec:
