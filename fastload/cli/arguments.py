@@ -85,6 +85,15 @@ def _add_inspect(commands: Any) -> None:
 def _add_plan(commands: Any) -> None:
     parser = _add_command(commands, "plan", "planning", "what a load would do, and why; reads no weights")
     parser.add_argument("--all", action="store_true", help="also the tensors, one a row")
+    parser.add_argument(
+        "--ranks", metavar="N", type=_count, help="what each of N ranks would read, the model laid out over all of them"
+    )
+    parser.add_argument(
+        "--tp", metavar="N", type=_count, default=1, help="ranks that split every layer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks-per-node", metavar="N", type=_count, default=8, help="for what a node reads (default: %(default)s)"
+    )
     _add_dtype(parser)
     _add_json(parser)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastload.models.base import PreTrainedModel
     from fastload.plan.rows import LoadPlan
 
-__all__ = ["native_class", "plan_native"]
+__all__ = ["build_native", "native_class", "plan_built", "plan_native"]
 
 
 def native_class(where: Where) -> type[PreTrainedModel] | None:
@@ -53,20 +53,32 @@ def plan_native(
 
     Shapes that differ are in the plan, although a load would refuse them.
     """
+    return plan_built(*build_native(model_class, checkpoint, where, dtype), checkpoint, where)
+
+
+def build_native(
+    model_class: type[PreTrainedModel], checkpoint: Checkpoint, where: Where, dtype: DType | None
+) -> tuple[PreTrainedModel, DType]:
+    """The model on meta that ``model_class.from_pretrained`` would fill, and the type that it would load it in."""
     from fastload.dtypes import to_torch
     from fastload.models.auto import AutoConfig
     from fastload.models.skeleton import skeleton
-    from fastload.plan.planning import plan_model
-    from fastload.plan.slots import describe_modules, walk_modules
 
     config: Any = AutoConfig.from_pretrained(where.path, subfolder=where.files.subfolder, revision=where.hub.revision)
     chosen = dtype or parse_dtype(config.dtype) or _first_float_type(checkpoint)
     config.dtype = to_torch(chosen)
     with skeleton():
-        model = model_class(config)
-    options = LoadOptions(dtype=chosen, ignore_mismatched_sizes=True)
+        return model_class(config), chosen
+
+
+def plan_built(model: PreTrainedModel, dtype: DType, checkpoint: Checkpoint, where: Where) -> LoadPlan:
+    """The plan for a model that was built for it."""
+    from fastload.plan.planning import plan_model
+    from fastload.plan.slots import describe_modules, walk_modules
+
+    options = LoadOptions(dtype=dtype, ignore_mismatched_sizes=True)
     slots = describe_modules(walk_modules(model))
-    rules = model_class._key_rules()
+    rules = model._key_rules()
     return plan_model(checkpoint.specs, slots, options, rules, where.path, others=checkpoint.others)
 
 

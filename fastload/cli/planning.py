@@ -10,6 +10,7 @@ from fastload.checkpoint import Checkpoint
 from fastload.cli.arguments import Where
 from fastload.cli.native import native_class, plan_native
 from fastload.cli.output import print_json, print_line, print_table, require_tables
+from fastload.cli.ranks import plan_ranks
 from fastload.plan.planning import plan_state_dict
 from fastload.plan.rows import Action, LoadPlan, PlanRow
 from fastload.reports import collapse_keys, format_bytes
@@ -24,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     where = Where.of(arguments)
     checkpoint = Checkpoint(where.locate())
     model_class = native_class(where)
+    if arguments.ranks is not None:
+        return plan_ranks(arguments, where, checkpoint, model_class)
     if model_class is None:
         plan = plan_state_dict(checkpoint.specs, dtype=arguments.dtype, device="cpu")
     else:

@@ -140,3 +140,25 @@ def test_a_state_dict_is_loaded_where_there_is_no_config(
     # What is no float, or has the type already, stays where it is.
     assert values["bytes_by_action"]["cast"] == 8 * 4 * 4 + 8 * 4
     assert values["bytes_by_action"]["map"] == 30 + 8 + 3
+
+
+def test_ranks_are_planned_without_a_group(command: Command, bert: Path) -> None:
+    values = command("plan", bert, "--ranks", "8", "--tp", "2", "--ranks-per-node", "4", "--json").values
+    counts = values["counts"]
+    assert counts["a rank owns"]["all"] >= values["n_bytes"]
+    assert counts["a rank owns"]["most"] < values["n_bytes"] / 4
+    assert counts["a node of 4 reads"]["all"] <= counts["a rank reads"]["all"]
+    assert counts["opens"]["all"] == 8
+
+
+def test_ranks_of_a_model_that_is_not_native_are_refused(command: Command, bert: Path) -> None:
+    change_config(bert, model_type="unknown", architectures=None)
+    result = command("plan", bert, "--ranks", "8")
+    assert result.status == 2
+    assert "native models only" in result.err
+
+
+def test_a_table_of_ranks(command: Command, bert: Path) -> None:
+    out = command("plan", bert, "--ranks", "4", "--tp", "2").out
+    assert "a node of 8 reads" in out
+    assert "on 4 ranks: 2 by tensor parallelism, 2 by fully_shard" in out

@@ -15,6 +15,7 @@ import torch
 
 import fastload
 from fastload.checkpoint import Checkpoint, open_checkpoint
+from fastload.cli.ranks import N_ASKED_OF_FOLDER, N_ASKED_OF_SHARD
 from fastload.errors import ChangedFileError, FastloadError, TruncatedFileError, UnreadableFileError
 from fastload.loader import load_state_dict
 from fastload.plan.fusing import Fusion, Stack
@@ -41,6 +42,15 @@ def test_load_that_the_system_refuses_names_the_file_or_is_unharmed(
         for fault, result in results.items():
             print(f"\n{fault}: {result['told']} loads told so, {result['unharmed']} had every bit right", end="")
         print(f"\nloads with faults: {sum(result['faults'] for result in results.values())}")
+
+
+def test_a_load_asks_for_each_file_of_weights_twice(tmp_path: Path) -> None:
+    found = outcome_of("asked", tmp_path)
+    assert found["status"] == 0
+    of_shards = [calls for name, calls in found["asked"].items() if name.endswith(".safetensors")]
+    assert len(of_shards) > 3
+    assert {len(calls) for calls in of_shards} == {N_ASKED_OF_SHARD}
+    assert sum(map(len, found["asked"].values())) - sum(map(len, of_shards)) == N_ASKED_OF_FOLDER
 
 
 # Between open and read.
