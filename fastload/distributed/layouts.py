@@ -14,12 +14,13 @@ from math import prod
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastload.errors import OptionError
 from fastload.plan.boxes import Box, Split, box_of
 
-__all__ = ["boxes_of", "like", "local", "mesh_device"]
+__all__ = ["boxes_of", "device_on", "like", "local", "mesh_device"]
 
 
 def boxes_of(modules: Mapping[str, nn.Module]) -> dict[str, Box]:
@@ -48,9 +49,14 @@ def like(part: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 def mesh_device(modules: Mapping[str, nn.Module]) -> str | None:
     """Where the parts of walked modules' DTensors belong: this rank's device of their mesh; None if there are none."""
     for _, tensor in _dtensors(modules):
-        kind = tensor.device_mesh.device_type
-        return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
+        return device_on(tensor.device_mesh)
     return None
+
+
+def device_on(mesh: DeviceMesh) -> str:
+    """This rank's device of a mesh."""
+    kind = mesh.device_type
+    return kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
 
 
 def _dtensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, DTensor]]:

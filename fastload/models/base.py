@@ -55,6 +55,7 @@ class PreTrainedModel(PretrainedLoading, nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     tp_size: int = 1
     _tp_plan_in_use: Mapping[str, str] | None = None
+    _tp_mesh: Any = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -190,7 +191,14 @@ class PreTrainedModel(PretrainedLoading, nn.Module):
             new_num_tokens: size of the vocabulary; None keeps it (or only pads it).
             pad_to_multiple_of: round the size up to a multiple of this.
             mean_resizing: new tokens begin at the mean of the old; otherwise at random as in a fresh model.
+
+        Raises:
+            OptionError: the model is split over ranks.
         """
+        if self._tp_mesh is not None:
+            raise OptionError(
+                "the vocabulary of a model that is split over ranks cannot change", fix="resize and save it whole first"
+            )
         return resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:

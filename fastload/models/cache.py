@@ -33,6 +33,7 @@ class KVCache:
         batch_size: int,
         max_length: int,
         *,
+        n_heads: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -42,6 +43,8 @@ class KVCache:
             config: of a decoder.
             batch_size: texts that are run together.
             max_length: most tokens of a text, padding and the tokens to be generated included.
+            n_heads: heads of keys and values, where they are not as many as the config says: the ``n_key_heads`` of a
+                ``base_model`` that is split over ranks.
             dtype: of the model's weights; by default what the config says, or else float32.
             device: where the model is. A layer that is elsewhere takes its share to its own device.
 
@@ -55,7 +58,7 @@ class KVCache:
                 found=f"batch_size = {batch_size}, max_length = {max_length}",
             )
         sizes: Any = config
-        heads = sizes.num_key_value_heads or sizes.num_attention_heads
+        heads = n_heads or sizes.num_key_value_heads or sizes.num_attention_heads
         shape = (batch_size, heads, max_length, head_size(config))
         dtype = dtype or config.dtype or torch.float32
         self.max_length = max_length
@@ -74,7 +77,7 @@ class KVCache:
             Keys and values of all tokens so far, the new ones last: views of the cache.
 
         Raises:
-            ValueError: there is no room for the new tokens, or they are of another batch.
+            ValueError: there is no room for the new tokens, or they are of another batch or of other heads.
         """
         n_new = key.shape[2]
         end = self.length + n_new
@@ -83,6 +86,8 @@ class KVCache:
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if len(keys) != len(key):
             raise ValueError(f"a batch of {len(key)} texts, where the cache was made for {len(keys)}")
+        if keys.shape[1] != key.shape[1]:
+            raise ValueError(f"{key.shape[1]} heads of keys, where the cache was made for {keys.shape[1]}: see n_heads")
         if keys.device != key.device:
             keys = self._keys[layer_idx] = keys.to(key.device)
             values = self._values[layer_idx] = values.to(key.device)

@@ -228,6 +228,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
     Attributes:
         layers: the blocks, alike but for what their configs say of each.
+        n_key_heads: heads of keys and values in each block; of a model that is split over ranks, those that are here.
         checkpointing: keywords for torch.utils.checkpoint.checkpoint; None to keep activations.
     """
 
@@ -241,6 +242,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.layers = nn.ModuleList(_layers(config))
         self.norm = _norm(config, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config)
+        self.n_key_heads = config.num_key_value_heads or config.num_attention_heads
         self.attention_types = attention_types(config)
         self.is_causal = not getattr(config, "use_bidirectional_attention", None)
         self.checkpointing: dict[str, Any] | None = None
@@ -298,7 +300,9 @@ class DecoderModel(DecoderPreTrainedModel):
             # Layers that are computed again would hand in their keys again.
             cache = None
         elif cache is None and _or_default(use_cache, config.use_cache and not torch.is_grad_enabled()):
-            cache = GrowingKVCache(config, len(states), 0, dtype=states.dtype, device=states.device)
+            cache = GrowingKVCache(
+                config, len(states), 0, n_heads=self.n_key_heads, dtype=states.dtype, device=states.device
+            )
         n_before = 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = torch.arange(n_before, n_before + tokens, device=states.device)[None]

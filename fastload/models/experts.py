@@ -50,6 +50,8 @@ class Experts(nn.Module):
     Attributes:
         gate_up_proj: (experts, 2 * inner size, hidden size), the gate before the other.
         down_proj: (experts, hidden size, inner size).
+        here: numbers of the experts that this process has. Results of others count as zero: of a model that is split
+            over ranks, the sums of all ranks are added up.
     """
 
     def __init__(self, config: DecoderConfig, names: ExpertNames) -> None:
@@ -58,6 +60,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.n_experts, 2 * inner, size))
         self.down_proj = nn.Parameter(torch.empty(self.n_experts, size, inner))
         self.act_fn = activation(config.hidden_act)
+        self.here = range(self.n_experts)
 
     def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' results.
@@ -79,11 +82,25 @@ class Experts(nn.Module):
             results = results[order.argsort()]
         weighted = results * weights.reshape(-1, 1)
         # Summed in one step, which rounds once; adding up in a short type would round for every expert.
-        return weighted.view(n_tokens, n_chosen, -1).sum(dim=1).to(states.dtype)
+        mixed = weighted.view(n_tokens, n_chosen, -1).sum(dim=1).to(states.dtype)
+        if len(self.here) < self.n_experts and torch.is_grad_enabled():
+            # All ranks take part in the sums of the backward pass, also those whose experts nobody chose.
+            for held in (states, _here(self.gate_up_proj), _here(self.down_proj)):
+                mixed = mixed + held[:0].sum()
+        return mixed
 
     def _expert(self, number: int, states: Tensor) -> Tensor:
-        gate, up = F.linear(states, self.gate_up_proj[number]).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, self.down_proj[number])
+        if number not in self.here:
+            return torch.zeros_like(states)
+        own = number - self.here.start
+        gate, up = F.linear(states, _here(self.gate_up_proj)[own]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, _here(self.down_proj)[own])
+
+
+def _here(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter: of a DTensor its part, of others all."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()
 
 
 class MixtureOfExperts(nn.Module):

@@ -20,6 +20,7 @@ from fastload.loader import fill_module, parse_pinned_memory
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton
+from fastload.models.splitting import device_on, mesh_asked_for, split
 from fastload.options import Durability, FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
 from fastload.pauses import paused_collector
 from fastload.placement.device import Staging, begin_pinning
@@ -32,6 +33,7 @@ from fastload.placement.device_map import (
 )
 from fastload.plan.keys import KeyRules
 from fastload.plan.slots import walk_modules
+from fastload.plan.tensor_parallel import TensorParallelPlan
 from fastload.reports import LoadReport, Stopwatch, collapse_keys
 from fastload.sources.hub import pinned
 from fastload.sources.resolve import locate_checkpoint
@@ -68,6 +70,8 @@ class PretrainedLoading:
         torch_dtype: str | torch.dtype | None = None,
         device_map: DeviceMapArgument = None,
         max_memory: Mapping[int | str, int | str] | None = None,
+        device_mesh: Any = None,
+        tp_plan: str | TensorParallelPlan | None = None,
         key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
@@ -102,6 +106,10 @@ class PretrainedLoading:
             torch_dtype: the older name of dtype.
             device_map: a device, a strategy ("auto", "balanced", "sequential"), or module name -> device.
             max_memory: device -> limit for the strategies, such as ``{"cpu": "4GB"}``.
+            device_mesh: a DeviceMesh over whose ranks the model is split: of one dimension, or its dimension "tp"
+                (ranks along the others have the same parts). Each rank reads and holds its own part.
+            tp_plan: how it is split: "auto" for the model's own plan (see `tp_plan`), or module name pattern -> style
+                (see ``plan.tensor_parallel``). Without a ``device_mesh``, over all ranks of the process group.
             key_mapping: regular expression -> replacement for the files' keys.
             ignore_mismatched_sizes: initialise parameters anew whose shape in the files differs.
             output_loading_info: return ``(model, info)``; info has missing_keys, unexpected_keys, mismatched_keys
@@ -135,12 +143,24 @@ class PretrainedLoading:
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        mesh = mesh_asked_for(
+            device_mesh,
+            tp_plan,
+            {
+                "device_map": device_map,
+                "max_memory": max_memory,
+                "lazy": lazy,
+                "stream": stream,
+                "memory_budget": memory_budget,
+            },
+        )
+        device_map = device_map if mesh is None else device_on(mesh)
         model_options = {name: config_fields.pop(name) for name in cls._own_options() & config_fields.keys()}
         with paused_collector():
             opening = partial(cls._open, path, config, files, hub, config_fields, clock)
             config, checkpoint = read_steadily(path, opening, subfolder=subfolder)
             with clock("open"):
-                if memory_budget is None and max_memory is None:
+                if memory_budget is None and max_memory is None and mesh is None:
                     checkpoint.read_ahead()
                 pinned_bytes = parse_pinned_memory(pinned_memory)
                 begin_pinning(named_devices(device_map), lambda: checkpoint.n_bytes, Staging(device_for, pinned_bytes))
@@ -152,6 +172,8 @@ class PretrainedLoading:
             with clock("skeleton"):
                 with skeleton():
                     model: Any = cls(config, *model_args, **model_options)  # type: ignore[call-arg]
+                if mesh is not None:
+                    split(model, mesh, tp_plan)
                 devices = resolve_device_map(model, device_map, max_memory, config.dtype)
                 placed_on = devices
                 if isinstance(device_map, str) and memory_budget is None:

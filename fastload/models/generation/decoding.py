@@ -74,7 +74,8 @@ class Decoding:
         self._positions = prompt.positions
         # Weights that have not arrived will be of the type that the config says. The last token is not looked back at.
         dtype = model.config.dtype if next(model.parameters()).is_meta else model.dtype
-        self._cache = KVCache(model.config, n_rows, limit - 1, dtype=dtype, device=device)
+        n_heads = getattr(model.base_model, "n_key_heads", None)
+        self._cache = KVCache(model.config, n_rows, limit - 1, n_heads=n_heads, dtype=dtype, device=device)
         self._ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
         self._filler = (
             settings.pad_token_id if settings.pad_token_id is not None else next(iter(settings.eos_token_id), 0)

@@ -68,7 +68,8 @@ class GenerationMixin:
             attention_mask: [texts, tokens], 0 for padding. Without one, the padding token is padding.
             generation_config: goes before the model's own ``generation_config``.
             generator: where samples come from; by default torch's own generator.
-            seed: the same seed gives the same tokens for the same prompts. In place of ``generator``.
+            seed: the same seed gives the same tokens for the same prompts. In place of ``generator``. Ranks that share
+                a model give the same prompts and options; with neither of these two they agree on a seed.
             tokenizer: with ``decode``, for ``stop_strings``.
             logits_processor: rules of one's own, ``(tokens, scores) -> scores``, one or several.
             stopping_criteria: ``(tokens, scores) -> rows that end``, one or several.
@@ -144,7 +145,7 @@ class GenerationMixin:
             limit=settings.length_limit(n_prompt, getattr(model.config, "max_position_embeddings", None)),
             rules=build_rules(settings, n_prompt, prompt.mask, extra),
             criteria=build_criteria(settings, n_rows, tokenizer, stopping_criteria),
-            generator=_generator(generator, seed, prompt.tokens.device),
+            generator=_generator(generator, _seed_for(model, settings, generator, seed), prompt.tokens.device),
         )
 
     def _read_companions(self, path: str | os.PathLike[str], files: FileOptions, hub: HubOptions) -> None:
@@ -160,6 +161,24 @@ def _device(model: Any) -> torch.device:
     """Where the model runs. Weights that have not arrived are nowhere, but computed buffers are there at once."""
     held = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in held if not tensor.is_meta), torch.device("cpu"))
+
+
+def _seed_for(model: Any, settings: Settings, generator: torch.Generator | None, seed: int | None) -> int | None:
+    """The seed of a call. All ranks over which a model is split have to go on with the same tokens."""
+    mesh = model._tp_mesh
+    if mesh is None:
+        return seed
+    if settings.max_time is not None:
+        raise OptionError(
+            "ranks that share a model have to end together, and each has a clock of its own",
+            key="max_time",
+            fix="give max_new_tokens instead",
+        )
+    if not settings.do_sample or generator is not None or seed is not None:
+        return seed
+    from fastload.distributed.parallel import agreed_seed
+
+    return agreed_seed(mesh)
 
 
 def _generator(given: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
