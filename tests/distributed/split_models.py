@@ -61,7 +61,7 @@ CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 UNEVEN = "uneven"
 # Four ranks of as many processes as this machine has to share: what depends on their number.
-OF_FOUR_RANKS = ["llama", "llama tied", "gemma3_text", "qwen3_moe", "few experts"]
+OF_FOUR_RANKS = ["llama", "llama tied", "few experts"]
 FEED_FORWARD_ALONE = {
     "model.layers.*.mlp.gate_proj": "colwise",
     "model.layers.*.mlp.up_proj": "colwise",
