@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastload.errors import OptionError
-from fastload.plan.boxes import Box, Split, box_of
+from fastload.plan.boxes import Box, Joined, Split, box_of, joined_of
 
-__all__ = ["boxes_of", "device_on", "like", "local", "mesh_device"]
+__all__ = ["boxes_of", "device_on", "like", "local", "mesh_device", "parts_of"]
+
+Part = TypeVar("Part", Box, Joined)
 
 
 def boxes_of(modules: Mapping[str, nn.Module]) -> dict[str, Box]:
@@ -29,7 +32,16 @@ def boxes_of(modules: Mapping[str, nn.Module]) -> dict[str, Box]:
     Raises:
         OptionError: a placement is not one that weights can have, or leaves this rank nothing to hold.
     """
-    return {fqn: _box(fqn, tensor) for fqn, tensor in _dtensors(modules)}
+    parts = parts_of(modules)
+    for fqn, tensor in _dtensors(modules):
+        if isinstance(parts[fqn], Joined):
+            raise _unknown(fqn, tensor)
+    return cast(dict[str, Box], parts)
+
+
+def parts_of(modules: Mapping[str, nn.Module]) -> dict[str, Box | Joined]:
+    """As `boxes_of`, and boxes side by side of those that are split by groups, as packed projections are."""
+    return {fqn: _part(fqn, tensor) for fqn, tensor in _dtensors(modules)}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +81,7 @@ def _dtensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, DTensor]]
                     yield f"{prefix}.{name}" if prefix else name, tensor
 
 
-def _box(fqn: str, tensor: DTensor) -> Box:
+def _part(fqn: str, tensor: DTensor) -> Box | Joined:
     """The splits of a DTensor, in the order in which they were made, and what they leave."""
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
@@ -97,14 +109,21 @@ def _box(fqn: str, tensor: DTensor) -> Box:
             splits.append(split)
         else:
             strided.append((split, factor))
+    if len(strided) == 1 and all(split.dim != strided[0][0].dim for split in splits):
+        # Nothing else cuts this dimension: what is strided are the parts of several tensors that are one.
+        [(split, n_groups)] = strided
+        return _checked(fqn, tensor, joined_of(tuple(tensor.shape), split, n_groups, splits))
     for split, factor in reversed(strided):
         if factor != prod(before.n_parts for before in splits if before.dim == split.dim):
             raise _unknown(fqn, tensor)
         splits.append(split)
-    box = box_of(tuple(tensor.shape), splits)
-    if box.shape != tuple(tensor._local_tensor.shape):
+    return _checked(fqn, tensor, box_of(tuple(tensor.shape), splits))
+
+
+def _checked(fqn: str, tensor: DTensor, part: Part) -> Part:
+    if part.shape != tuple(tensor._local_tensor.shape):
         raise _unknown(fqn, tensor)
-    return box
+    return part
 
 
 def _unknown(fqn: str, tensor: DTensor) -> OptionError:

@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 
+from fastload.errors import OptionError
+from fastload.plan.slots import walk_modules
+
 __all__ = ["reason_to_hand_over"]
 
 
@@ -28,11 +31,26 @@ def reason_to_hand_over(model: Any, state_dict: Any, files: Any, asked: Any) -> 
         return "DeepSpeed ZeRO-3"
     if is_fsdp_enabled():
         return "FSDP with loading on one rank"
-    if asked.device_mesh is not None or getattr(model, "_pp_stage", None) is not None:
-        return "a device mesh (tensor or pipeline parallelism)"
+    if getattr(model, "_pp_stage", None) is not None:
+        return "pipeline parallelism"
+    if asked.device_mesh is not None and (reason := _reason_of_layout(model, state_dict)):
+        return reason
     devices = {str(device) for device in (asked.device_map or {}).values()}
     if "mps" in devices:
         return "device mps"
     if state_dict is None and not files:
         return "no weights"
     return ""
+
+
+def _reason_of_layout(model: Any, state_dict: Any) -> str:
+    """Why parts of a model that is laid out over ranks cannot be read by themselves; "" where they can."""
+    from fastload.distributed.layouts import parts_of
+
+    if state_dict is not None:
+        return "a state dict for a model over a device mesh"
+    try:
+        parts = parts_of(walk_modules(model))
+    except OptionError as error:
+        return f"a layout over ranks that fastload does not know ({error.found})"
+    return "" if parts else "a device mesh, and no parameter that is laid out over it"

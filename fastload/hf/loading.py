@@ -37,6 +37,8 @@ from fastload.streaming.arrivals import parse_memory_budget
 
 __all__ = ["Loading", "load", "loading_class", "read_ahead_for"]
 
+# With any of these a rank reads parts of the files, and which will be known when the model is there.
+_OVER_RANKS = ("device_mesh", "distributed_config", "tp_plan", "tp_size")
 # Held while transformers has functions of torch, or its own, replaced for the whole process.
 _GLOBALS_LOCK = threading.RLock()
 
@@ -58,6 +60,11 @@ class _Load:
     rebuild: Callable[[], Any] | None = None
     begin: Callable[[], object] | None = None
     disk: DiskWeights | None = None
+
+    @property
+    def arrives_later(self) -> bool:
+        """Whether weights come after the load."""
+        return self.how.is_deferred or self.how.memory_budget_bytes is not None
 
 
 _CURRENT: ContextVar[_Load | None] = ContextVar("fastload_hf_load", default=None)
@@ -106,13 +113,17 @@ class Loading:
                 raise OptionError(
                     "files are not verified where transformers places weights", found=reason, fix="leave out verify"
                 )
-            if current is not None and (current.how.is_deferred or current.how.memory_budget_bytes is not None):
+            if current is not None and current.arrives_later:
                 raise OptionError(
                     "weights cannot arrive later where transformers places them",
                     found=reason,
                     fix="leave out lazy, stream and memory_budget",
                 )
             return type(model)._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if load_config.device_mesh is not None and current is not None and current.arrives_later:
+            raise OptionError(
+                "what is laid out over ranks cannot arrive later", fix="leave out lazy, stream and memory_budget"
+            )
         # As in transformers, whose threads know nothing of the caller's mode: what is made in it can never be trained.
         with torch.inference_mode(False):
             how = LoadOptions() if current is None else current.how
@@ -188,7 +199,8 @@ def read_ahead_for(args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     with the arguments, transformers will say.
     """
     path = args[0] if args else options.get("pretrained_model_name_or_path")
-    if path is None or options.get("gguf_file") or options.get("memory_budget") is not None:
+    in_parts = ("gguf_file", "memory_budget", *_OVER_RANKS)
+    if path is None or any(options.get(name) is not None for name in in_parts):
         return
     with suppress(FastloadError, TypeError):
         files = FileOptions(

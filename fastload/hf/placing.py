@@ -21,7 +21,7 @@ from fastload.errors import OptionError
 from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.specs import TensorSpec
 from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk, without_file
-from fastload.hf.planning import WeightPlan, dtype_finder, plan_weights
+from fastload.hf.planning import Part, WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
 from fastload.loader import remember_report
@@ -30,6 +30,7 @@ from fastload.placement.device import Staging, has_staged_rows
 from fastload.placement.modules import give
 from fastload.placement.network import read_apart
 from fastload.placement.placing import place_all
+from fastload.plan.boxes import Joined
 from fastload.plan.rows import Action
 from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch
@@ -101,7 +102,7 @@ def place_weights(
     before_bytes = private_bytes()
     with clock("open"):
         opened = _open(state_dict, files, asked.sharded_metadata, how)
-        if opened.checkpoint is not None and how.memory_budget_bytes is None:
+        if opened.checkpoint is not None and how.memory_budget_bytes is None and asked.device_mesh is None:
             opened.checkpoint.read_ahead()
     if verify:
         with clock("verify"):
@@ -114,14 +115,20 @@ def place_weights(
         on_disk = names_on_disk(model, wanted, asked)
         dtype_of = dtype_finder(asked.dtype_plan or {}, wanted, as_built=on_disk)
         device_of = _device_finder(asked.device_map, wanted)
-        weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of)
+        parts = _parts_of(modules, asked)
+        weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of, parts)
+        if parts and opened.checkpoint is not None:
+            # What lies between the rows of a slice is another rank's.
+            specs = [row.spec for row in weights.plan.rows if row.action is not Action.SLICE]
+            pieces = [piece.spec for row in weights.plan.fused for piece in row.spec.pieces]
+            opened.checkpoint.read_ahead(specs + [spec for spec in pieces if spec.view is None])
         weights, left = split_plan(weights, on_disk)
         arrivals = Arrivals(modules, weights.plan, how, model.all_tied_weights_keys)
     info = _info(wanted, weights)
     info.unexpected_keys.update(opened.others)
     with clock("place"):
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
-        done = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals, how.pinned_bytes)
+        done = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals, how.pinned_bytes, parts)
         disk = None
         if uses_disk(asked):
             convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
@@ -251,6 +258,7 @@ def _place(
     on_disk: frozenset[str],
     arrivals: Arrivals,
     pinned_bytes: int,
+    parts: Mapping[str, Part],
 ) -> _Done:
     """Make all tensors and give them to the model."""
     plan, open_file = weights.plan, opened.open_file
@@ -268,14 +276,15 @@ def _place(
     placed = place_all(now, open_file, staging, title=title)
     n_remapped_bytes = placed.n_remapped_bytes
     n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
-    _set(modules, placed.tensors, info)
+    _set(modules, placed.tensors, info, parts)
     _mark(modules, [row.fqn for row in later.all_rows], info)
     left: dict[str, Source] = {}
     for source in weights.conversions:
         # What stays on disk is made too, for its names, and to tell now what cannot be made.
         made = convert(source, open_file)
         left |= dict.fromkeys(on_disk.intersection(made), source)
-        _set(modules, {name: tensor for name, tensor in made.items() if name not in on_disk}, info)
+        kept = {name: _own_part(tensor, parts.get(name)) for name, tensor in made.items() if name not in on_disk}
+        _set(modules, kept, info, parts)
     counts = plan.bytes_by_outcome(n_remapped_bytes)
     if weights.n_conversion_bytes:
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
@@ -304,7 +313,30 @@ def _converted(
     return {name: (tensor[0] if isinstance(tensor, list) else tensor).to(device) for name, tensor in made.items()}
 
 
-def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], info: LoadStateDictInfo) -> None:
+def _parts_of(modules: Mapping[str, nn.Module], asked: Any) -> Mapping[str, Part]:
+    """What this rank owns of tensors that are laid out over several."""
+    if asked.device_mesh is None:
+        return {}
+    from fastload.distributed.layouts import parts_of
+
+    return parts_of(modules)
+
+
+def _own_part(tensor: torch.Tensor, part: Part | None) -> torch.Tensor:
+    """What this rank owns of a whole tensor."""
+    if part is None:
+        return tensor
+    boxes = part.boxes if isinstance(part, Joined) else (part,)
+    found = [tensor[tuple(slice(begin, begin + size) for begin, size in zip(*box, strict=True))] for box in boxes]
+    return torch.cat(found, dim=part.dim) if isinstance(part, Joined) else found[0].contiguous()
+
+
+def _set(
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, torch.Tensor],
+    info: LoadStateDictInfo,
+    parts: Mapping[str, Part],
+) -> None:
     """Put tensors into the modules, marked as loaded, so that transformers' ending does not initialise them."""
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
@@ -314,6 +346,10 @@ def _set(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], 
             module.set_extra_state(tensor)
             continue
         built = getattr(module, last)
+        if name in parts:
+            from fastload.distributed.layouts import like
+
+            tensor = like(tensor, built)
         if built is None:
             info.unexpected_keys.add(name)
         elif built.shape != tensor.shape:

@@ -17,12 +17,15 @@ from fastload.dtypes import DType, from_torch
 from fastload.formats.specs import Region, TensorSpec
 from fastload.hf.renaming import Renamed, Source
 from fastload.plan import fusing
+from fastload.plan.boxes import Box, Joined, narrow, narrow_fused, narrow_joined
 from fastload.plan.keys import KeyMatch
-from fastload.plan.planning import plan_fused_row, plan_row
+from fastload.plan.planning import plan_fused_row, plan_part, plan_row
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
+from fastload.plan.slots import Slot
 
 __all__ = ["Mismatch", "WeightPlan", "dtype_finder", "plan_weights"]
 
+Part = Box | Joined
 Mismatch = tuple[str, torch.Size, torch.Size]
 """(name, shape in the files, shape in the model)"""
 
@@ -69,6 +72,7 @@ def plan_weights(
     config: Any,
     dtype_of: Callable[[str], torch.dtype],
     device_of: Callable[[str], str],
+    parts: Mapping[str, Part],
 ) -> WeightPlan:
     """Plan every source.
 
@@ -78,6 +82,7 @@ def plan_weights(
         wanted: the model's state dict.
         config: the model's; converters look into it.
         dtype_of, device_of: name -> type and device that it shall have.
+        parts: name -> what this rank owns, of tensors that are laid out over several.
     """
     rows: list[PlanRow] = []
     fused: list[FusedRow] = []
@@ -90,23 +95,24 @@ def plan_weights(
             mismatched.append((name, torch.Size(shape), torch.Size(expected)))
         return shape == expected
 
+    def add(name: str, spec: TensorSpec | fusing.FusedSpec, dtype: DType) -> None:
+        if fits(name, spec.shape):
+            row = _row_of(name, spec, dtype, device_of(name), parts.get(name))
+            (fused if isinstance(row, FusedRow) else rows).append(row)  # type: ignore[arg-type]
+
     for source in renamed.sources.values():
         name = source.name
         if source.converter is None:
             spec = specs[next(iter(source.keys))]
-            if fits(name, spec.shape):
-                is_tensor = isinstance(wanted[name], torch.Tensor)
-                dtype = from_torch(dtype_of(name)) if is_tensor else spec.dtype
-                rows.append(_row(name, spec, dtype, device_of(name)))
+            is_tensor = isinstance(wanted[name], torch.Tensor)
+            add(name, spec, from_torch(dtype_of(name)) if is_tensor else spec.dtype)
             continue
         dtype = from_torch(dtype_of(name))
         if (joined := _joined(source, specs)) is not None and _can_be(joined.dtype, dtype):
-            if fits(name, joined.shape):
-                fused.append(plan_fused_row(name, joined, dtype, device_of(name)))
+            add(name, joined, dtype)
         elif (chunks := _chunks(source, specs, wanted, config)) is not None:
-            rows += [
-                _row(target, spec, dtype, device_of(target)) for target, spec in chunks if fits(target, spec.shape)
-            ]
+            for target, spec in chunks:
+                add(target, spec, dtype)
         else:
             conversions.append(source)
     rows.sort(key=lambda row: row.spec.region[:2])
@@ -117,6 +123,19 @@ def plan_weights(
 
 def _can_be(source: DType, wanted: DType) -> bool:
     return source is wanted or (source.castable and wanted.castable)
+
+
+def _row_of(
+    name: str, spec: TensorSpec | fusing.FusedSpec, dtype: DType, device: str, part: Part | None
+) -> PlanRow | FusedRow:
+    """How a tensor, or the part of it that this rank owns, gets where it belongs."""
+    if isinstance(part, Joined):
+        spec = narrow_joined(spec, part)
+    if isinstance(spec, fusing.FusedSpec):
+        return plan_fused_row(name, narrow_fused(spec, part) if isinstance(part, Box) else spec, dtype, device)
+    if isinstance(part, Box) and _can_be(spec.dtype, dtype):
+        return plan_part(Slot(name, dtype, spec.shape, box=part), spec, dtype, device)
+    return _row(name, narrow(spec, part) if isinstance(part, Box) else spec, dtype, device)
 
 
 def _row(name: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:

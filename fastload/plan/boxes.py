@@ -16,7 +16,19 @@ from typing import NamedTuple
 from fastload.formats.specs import StorageView, TensorSpec, contiguous_stride
 from fastload.plan.fusing import FusedSpec, Piece
 
-__all__ = ["Box", "Split", "box_in", "box_of", "inside", "narrow", "narrow_fused", "overlap"]
+__all__ = [
+    "Box",
+    "Joined",
+    "Split",
+    "box_in",
+    "box_of",
+    "inside",
+    "joined_of",
+    "narrow",
+    "narrow_fused",
+    "narrow_joined",
+    "overlap",
+]
 
 
 class Split(NamedTuple):
@@ -38,6 +50,25 @@ class Box(NamedTuple):
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+
+
+class Joined(NamedTuple):
+    """Boxes of a tensor that one rank has side by side: of several tensors that are one parameter, a part of each.
+
+    Attributes:
+        dim: the dimension along which they lie one after the other.
+        boxes: where they are in the whole tensor.
+    """
+
+    dim: int
+    boxes: tuple[Box, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What they are together."""
+        first = list(self.boxes[0].shape)
+        first[self.dim] = sum(box.shape[self.dim] for box in self.boxes)
+        return tuple(first)
 
 
 def box_of(shape: tuple[int, ...], splits: Iterable[Split]) -> Box:
@@ -108,6 +139,39 @@ def narrow_fused(spec: FusedSpec, box: Box) -> FusedSpec:
         nothing = narrow(first, Box((0,) * len(first.shape), (0,) * len(first.shape)))
         pieces = [Piece(nothing, 0, contiguous_stride(nothing.shape))]
     return FusedSpec(spec.key, box.shape, tuple(pieces))
+
+
+def joined_of(shape: tuple[int, ...], split: Split, n_groups: int, others: Iterable[Split] = ()) -> Joined:
+    """What a split leaves of each of so many groups, in which the tensor lies one after the other.
+
+    Args:
+        shape: of the whole tensor.
+        split: how each group is cut; the groups are along its dimension.
+        n_groups: how many groups there are.
+        others: cuts of other dimensions.
+    """
+    around = box_of(shape, others)
+    boxes = []
+    for number in range(n_groups):
+        group = box_of(around.shape, [Split(split.dim, n_groups, number)])
+        part = box_of(group.shape, [split])
+        offset = tuple(map(sum, zip(around.offset, group.offset, part.offset, strict=True)))
+        boxes.append(Box(offset, part.shape))
+    return Joined(split.dim, tuple(boxes))
+
+
+def narrow_joined(spec: TensorSpec | FusedSpec, part: Joined) -> FusedSpec:
+    """Boxes side by side, of a tensor of the files or of a fused one, as a fused tensor."""
+    if isinstance(spec, TensorSpec):
+        spec = FusedSpec(spec.key, spec.shape, (Piece(spec, 0, contiguous_stride(spec.shape)),))
+    stride = contiguous_stride(part.shape)
+    pieces: list[Piece] = []
+    begin = 0
+    for box in part.boxes:
+        found = (_part_of(piece, spec.shape, box, stride) for piece in spec.pieces)
+        pieces += (piece._replace(offset=begin + piece.offset) for piece in found if piece is not None)
+        begin += box.shape[part.dim] * stride[part.dim]
+    return FusedSpec(spec.key, part.shape, tuple(pieces)) if pieces else narrow_fused(spec, part.boxes[0])
 
 
 def _part_of(piece: Piece, shape: tuple[int, ...], box: Box, stride: tuple[int, ...]) -> Piece | None:

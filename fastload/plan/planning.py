@@ -17,7 +17,7 @@ from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.plan.slots import Slot
 from fastload.reports import collapse_keys, format_bytes
 
-__all__ = ["device_finder", "plan_fused_row", "plan_model", "plan_row", "plan_state_dict", "target_dtype"]
+__all__ = ["device_finder", "plan_fused_row", "plan_model", "plan_part", "plan_row", "plan_state_dict", "target_dtype"]
 
 _F32 = DTYPES["F32"]
 _F16 = DTYPES["F16"]
@@ -80,7 +80,7 @@ def plan_model(
             else:
                 fused.append(FusedRow(fqn, spec, slot.dtype, "", Action.GATHER, _HAS_MEMORY))
         elif slot.box is not None:
-            rows.append(_plan_part(slot, spec, dtype, device_of(fqn)))
+            rows.append(plan_part(slot, spec, dtype, device_of(fqn)))
         elif slot.on_meta:
             rows.append(plan_row(fqn, spec, dtype, device_of(fqn)))
         else:
@@ -107,7 +107,7 @@ def plan_row(fqn: str, spec: TensorSpec, dtype: DType, device: str) -> PlanRow:
     return _new(PlanRow, (fqn, spec, dtype, device, action, reason))
 
 
-def _plan_part(slot: Slot, whole: TensorSpec, dtype: DType, device: str) -> PlanRow:
+def plan_part(slot: Slot, whole: TensorSpec, dtype: DType, device: str) -> PlanRow:
     """How the part of a tensor that this rank owns reaches it."""
     assert slot.box is not None
     spec = narrow(whole, slot.box)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fastload.dtypes import DTYPES
-from fastload.formats.specs import Encoding, Region, StorageView, TensorSpec
-from fastload.plan.boxes import Box, Split, box_of, narrow
+from fastload.formats.specs import Encoding, Region, StorageView, TensorSpec, contiguous_stride
+from fastload.plan.boxes import Box, Split, box_of, joined_of, narrow, narrow_joined
+from fastload.plan.fusing import Concatenate, FusedSpec, Stack, join
 
 WEIGHT = TensorSpec("weight", DTYPES["F32"], (6, 10), Region("file", 800, 240))
 
@@ -54,3 +57,52 @@ def test_a_compressed_tensor_is_decoded_whole() -> None:
 
 def test_all_of_a_tensor_is_the_tensor() -> None:
     assert narrow(WEIGHT, Box((0, 0), (6, 10))) is WEIGHT
+
+
+def packed(n_groups: int, n_rows: int) -> torch.Tensor:
+    return torch.arange(n_groups * n_rows * 4).reshape(n_groups * n_rows, 4)
+
+
+@pytest.mark.parametrize("n_rows", [6, 7])
+@pytest.mark.parametrize("part", [0, 1])
+def test_of_packed_tensors_a_rank_has_a_part_of_each(n_rows: int, part: int) -> None:
+    whole = packed(2, n_rows)
+    found = joined_of(tuple(whole.shape), Split(0, 2, part), 2, [Split(1, 2, 1)])
+    rows = [group.chunk(2)[part][:, 2:] for group in whole.chunk(2)]
+    boxes = [whole[a : a + n, b : b + m] for (a, b), (n, m) in found.boxes]
+    assert all(torch.equal(box, expected) for box, expected in zip(boxes, rows, strict=True))
+    assert found.shape == tuple(torch.cat(rows).shape)
+
+
+def elements(spec: FusedSpec) -> torch.Tensor:
+    """Where each element of a fused tensor of one file is in the file, in elements."""
+    where = torch.full((math.prod(spec.shape),), -1)
+    for piece in spec.pieces:
+        first, stride = piece.spec.view or StorageView(0, contiguous_stride(piece.spec.shape))
+        begin = piece.spec.region.offset_bytes // 4 + first
+        source = torch.arange(1000).as_strided(piece.spec.shape, stride, begin)
+        where.as_strided(piece.spec.shape, piece.stride, piece.offset).copy_(source)
+    return where.reshape(spec.shape)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_parts_of_a_packed_tensor_lie_side_by_side(part: int) -> None:
+    spec = TensorSpec("packed", DTYPES["F32"], (12, 4), Region("file", 0, 12 * 4 * 4))
+    found = narrow_joined(spec, joined_of((12, 4), Split(0, 2, part), 2))
+    whole = packed(2, 6)
+    assert torch.equal(elements(found), torch.cat([group.chunk(2)[part] for group in whole.chunk(2)]))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_parts_of_pieces_that_are_packed_lie_side_by_side(part: int) -> None:
+    specs = [TensorSpec(str(number), DTYPES["F32"], (6, 4), Region("file", number * 96, 96)) for number in range(2 * 3)]
+    # Three experts, each a gate above an up.
+    whole = join("experts", [specs[0::2], specs[1::2]], Stack(0), Concatenate(1))
+    found = narrow_joined(whole, joined_of((3, 12, 4), Split(1, 2, part), 2))
+    experts = torch.arange(6 * 24).reshape(3, 12, 4)
+    assert torch.equal(elements(found), torch.cat([group.chunk(2, 1)[part] for group in experts.chunk(2, 1)], dim=1))
+
+
+def test_a_packed_part_without_elements_has_no_bytes() -> None:
+    spec = TensorSpec("packed", DTYPES["F32"], (2, 4), Region("file", 0, 32))
+    assert narrow_joined(spec, joined_of((2, 4), Split(0, 2, 1), 2)).n_bytes == 0

@@ -1,0 +1,52 @@
+"""transformers' models laid out over ranks by its own plans: fastload places each rank's parts, with the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.groups import Findings, run_group
+from tests.hf.over_ranks import FAMILIES, OTHERS, UNEVEN, write_checkpoints
+
+SPLIT = [*FAMILIES, *OTHERS]
+LOADED = [*SPLIT, "converted", "whole experts", "fully sharded", "new head"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Findings]:
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_checkpoints(folder)
+    return run_group("tests.hf.over_ranks", 2, folder)
+
+
+@pytest.mark.parametrize("name", [*LOADED, UNEVEN])
+def test_every_part_is_the_one_that_transformers_makes(ranks: list[Findings], name: str) -> None:
+    for findings in ranks:
+        assert findings[name]["n_laid_out"] > 0
+        assert findings[name]["differing"] == []
+        assert (findings[name]["fast loads"], findings[name]["reasons"]) == (1, {})
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_outputs_are_those_of_transformers_load(ranks: list[Findings], name: str) -> None:
+    assert all(findings[name]["equal outputs"] for findings in ranks)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "qwen3_moe", "phi3", "whole experts", "fully sharded"])
+def test_a_rank_reads_what_it_holds_and_no_more(ranks: list[Findings], name: str) -> None:
+    for findings in ranks:
+        found = findings[name]
+        assert found["n_bytes"] == found["n_owned_bytes"] < found["n_whole_bytes"]
+
+
+def test_a_state_dict_is_handed_over(ranks: list[Findings]) -> None:
+    for findings in ranks:
+        assert findings["given"]["reasons"] == {"a state dict for a model over a device mesh": 1}
+        assert findings["given"]["differing"] == []
+        assert findings["given"]["equal outputs"]
+
+
+@pytest.mark.parametrize("option", ["lazy", "budget"])
+def test_parts_cannot_arrive_later(ranks: list[Findings], option: str) -> None:
+    for findings in ranks:
+        assert findings["refusals"][option].startswith("OptionError: what is laid out over ranks cannot arrive later")
