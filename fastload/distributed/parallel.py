@@ -129,7 +129,9 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, styles: Mapping[str, str]) 
                 found=type(modules[name]).__name__,
                 fix="choose another style for it, or leave it out",
             )
-    parallelize_module(module, mesh, {name: engine for name, (_, engine) in kinds.items()})
+    for name, (_, engine) in kinds.items():
+        # One by one: given a plan of names, torch 2.6 takes attention.output.dense for output.dense as well.
+        parallelize_module(modules[name], mesh, engine)
 
 
 def agreed_seed(mesh: DeviceMesh) -> int:
@@ -142,7 +144,7 @@ def agreed_seed(mesh: DeviceMesh) -> int:
 
 def _device_type() -> str:
     """Where the default group's tensors are: on the accelerator, unless its backend is for the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None or dist.get_backend() == "gloo" else accelerator.type
 
 
