@@ -1,7 +1,7 @@
 """Checkpoints of a terabyte on a thousand ranks, planned: ``python bench/scale.py [--ranks N] [--tp N]``.
 
 Writes the headers and the index of two checkpoints, a dense one and a mixture of experts, whose weights are holes in
-sparse files, and prints what ``fastload plan --ranks`` says of them. Nothing of the weights is read, there or in a plan.
+sparse files, and prints what ``fastload plan --ranks`` says of them. No weight is ever read.
 """
 
 from __future__ import annotations
