@@ -6,12 +6,13 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from fastload.errors import FormatError, IndexFileError
+from fastload.errors import FormatError, IndexFileError, OptionError
 from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.detection import read_file
-from fastload.formats.specs import TensorSpec
+from fastload.formats.specs import FusedSpec, TensorSpec
 from fastload.options import FileOptions, HubOptions
 from fastload.prefetching import Prefetch, read_ahead
 from fastload.reports import collapse_keys
@@ -35,8 +36,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     Attributes:
         files: the weight files.
-        format: ``"safetensors"`` or ``"bin"``.
+        format: ``"safetensors"``, ``"bin"``, or ``"dcp"`` for a folder of torch.distributed.checkpoint.
         specs: every tensor's description, by key, file by file in each file's own order.
+        fused: those that lie in several places instead, as chunks that ranks have written (``"dcp"``).
         aliases: names that were dropped when equal tensors were stored once -> the key that was kept. They are not
             keys of the mapping; `load_state_dict` gives them back.
         metadata: the text that safetensors files carry, of all files together, without their checksums.
@@ -54,6 +56,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.format = files.format
         self.notes = files.notes
         self.specs: dict[str, TensorSpec] = {}
+        self.fused: dict[str, FusedSpec] = {}
         self.others: tuple[str, ...] = ()
         self.metadata: dict[str, str] = {}
         self._checksums = files.checksums
@@ -67,7 +70,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
                 # Opening a named pipe would otherwise wait for somebody to write to it.
                 self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 os.set_blocking(self._descriptors[path], True)
-            contents = read_file(path, self._descriptors.get(path))
+        if files.format == "dcp":
+            from fastload.formats.dcp import read_folder
+
+            contents_by_path, self.fused = read_folder(files.folder)
+            self.files = tuple(contents_by_path)
+        else:
+            contents_by_path = {path: read_file(path, self._descriptors.get(path)) for path in files.weights}
+        for path, contents in contents_by_path.items():
             self._n_file_bytes[path] = contents.n_file_bytes
             self._modified_ns[path] = contents.modified_ns
             self.metadata.update(contents.metadata)
@@ -85,24 +95,36 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors; storages that tensors share count once."""
-        return sum({spec.region[:3]: spec.region.n_bytes for spec in self.specs.values()}.values())
+        whole = {spec.region[:3]: spec.region.n_bytes for spec in self.specs.values()}
+        return sum(whole.values()) + sum(spec.n_bytes for spec in self.fused.values())
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        spec = self.specs[key]
+        spec = self.spec(key)
+        if isinstance(spec, FusedSpec):
+            return self._assembled(spec)
         return self.open_file(spec.region.file).tensor(spec)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.specs
+        return key in self.specs or key in self.fused
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
+        return chain(self.specs, self.fused)
 
     def __len__(self) -> int:
-        return len(self.specs)
+        return len(self.specs) + len(self.fused)
+
+    def spec(self, key: str) -> TensorSpec | FusedSpec:
+        """The description of a tensor, wherever it lies. KeyError for what is not there."""
+        return self.fused.get(key) or self.specs[key]
+
+    def release(self, key: str) -> None:
+        """Let pages of a tensor that was read leave this process; they stay in the page cache."""
+        for spec in _parts(self.spec(key)):
+            self.open_file(spec.region.file).release(spec.region)
 
     def slice(self, key: str) -> TensorSlice:
         """A tensor to be indexed before it is read: ``checkpoint.slice(key)[a:b]``."""
-        return TensorSlice(self, self.specs[key])
+        return TensorSlice(self, self.spec(key))
 
     def open_file(self, path: str) -> MappedFile:
         """One of the files, mapped. Mapped once, however often it is asked for."""
@@ -142,7 +164,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             in_file_order: all of the files, from their beginnings.
             nothing_between: leave out what lies between these tensors, however little it is.
         """
-        wanted = self.specs.values() if specs is None else specs
+        wanted = chain.from_iterable(map(_parts, map(self.spec, self))) if specs is None else specs
         reading = read_ahead(
             self.files,
             () if in_file_order else wanted,
@@ -166,6 +188,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """
         from fastload.integrity import require_integrity
 
+        if self.format == "dcp":
+            raise OptionError(
+                "a folder of torch.distributed.checkpoint has no checksums to be compared with",
+                file=os.path.dirname(self.files[0]) if self.files else None,
+                fix="leave out verify, or convert it to safetensors ('fastload convert DIR OUT')",
+            )
         require_integrity(self.files, self._checksums)
 
     def n_file_bytes(self, path: str) -> int:
@@ -175,6 +203,16 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def modified_ns(self, path: str) -> int | None:
         """When one of the files was modified last, as it said when its header was read."""
         return self._modified_ns[path]
+
+    def _assembled(self, spec: FusedSpec) -> torch.Tensor:
+        import torch
+
+        from fastload.dtypes import to_torch
+        from fastload.storage.assembling import assemble
+
+        tensor = torch.empty(spec.shape, dtype=to_torch(spec.dtype), device="cpu")
+        assemble(tensor, spec, self.open_file)
+        return tensor
 
     def _add(
         self, specs: tuple[TensorSpec, ...], path: str, weight_map: Mapping[str, str] | None, tolerant: bool
@@ -213,6 +251,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             )
 
 
+def _parts(spec: TensorSpec | FusedSpec) -> list[TensorSpec]:
+    return [piece.spec for piece in spec.pieces] if isinstance(spec, FusedSpec) else [spec]
+
+
 def _close(descriptors: dict[str, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)
@@ -228,14 +270,14 @@ class TensorSlice:
 
     __slots__ = ("_checkpoint", "_spec", "dtype", "shape")
 
-    def __init__(self, checkpoint: Checkpoint, spec: TensorSpec) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: TensorSpec | FusedSpec) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         self.shape = spec.shape
         self.dtype = spec.dtype.code
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._checkpoint.open_file(self._spec.region.file).tensor(self._spec)[index]
+        return self._checkpoint[self._spec.key][index]
 
 
 def open_checkpoint(

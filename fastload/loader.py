@@ -96,13 +96,13 @@ def _state_dict(
     begin_pinning([str(device)], lambda: checkpoint.n_bytes, staging)
     if verify:
         checkpoint.verify()
-    plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device))
+    plan = plan_state_dict(checkpoint.specs, dtype=options.dtype, device=str(device), fused=checkpoint.fused)
     beside_a_device = has_staged_rows(plan, staging)
     if not beside_a_device:
         checkpoint.read_ahead(in_file_order=True)
     tensors = place_all(*read_apart(plan, checkpoint, beside_a_device=beside_a_device), staging).tensors
-    if any(key != placed for key, placed in zip(checkpoint.specs, tensors, strict=True)):
-        tensors = {key: tensors[key] for key in checkpoint.specs}
+    if any(key != placed for key, placed in zip(checkpoint, tensors, strict=True)):
+        tensors = {key: tensors[key] for key in checkpoint}
     return tensors | {dropped: tensors[kept] for dropped, kept in checkpoint.aliases.items()}
 
 
@@ -261,7 +261,9 @@ def fill_module(
     with clock("plan"):
         modules = walk_modules(module)
         slots = _with_boxes(describe_modules(modules), modules, options)
-        plan = plan_model(checkpoint.specs, slots, options, rules, source, others=checkpoint.others)
+        plan = plan_model(
+            checkpoint.specs, slots, options, rules, source, fused=checkpoint.fused, others=checkpoint.others
+        )
         is_part = any(slot.box for slot in slots.values())
         empty = left_empty(plan, slots)
         if initialise is None and empty:

@@ -316,9 +316,10 @@ class _Run:
 
 
 def _read_specs(paths: Iterable[str]) -> list[TensorSpec]:
-    from fastload.formats.detection import read_file
+    from fastload.formats.detection import DCP_SUFFIX, read_file
 
-    return [spec for path in paths for spec in read_file(path).specs]
+    # Chunks that ranks have written say nothing of the order of use: all of their files is read.
+    return [spec for path in paths if not path.endswith(DCP_SUFFIX) for spec in read_file(path).specs]
 
 
 def _extents(specs: Iterable[TensorSpec], paths: Iterable[str], gap_bytes: int) -> list[Extent]:

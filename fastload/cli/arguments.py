@@ -44,9 +44,22 @@ class Where:
             hub=HubOptions(revision=arguments.revision),
         )
 
-    def locate(self) -> CheckpointFiles:
-        """Find the files."""
-        return locate_checkpoint(self.path, self.files, self.hub)
+    def locate(self, *, in_chunks: bool = False) -> CheckpointFiles:
+        """Find the files.
+
+        Args:
+            in_chunks: accept folders of torch.distributed.checkpoint; OptionError for them otherwise.
+        """
+        files = locate_checkpoint(self.path, self.files, self.hub)
+        if files.format == "dcp" and not in_chunks:
+            raise OptionError(
+                "this command does not read folders of torch.distributed.checkpoint",
+                file=files.folder,
+                expected="safetensors or .bin files",
+                found=os.path.basename(files.index or files.folder),
+                fix="convert it first: 'fastload convert DIR OUT'",
+            )
+        return files
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -110,7 +123,10 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="folder to write to; may be the checkpoint's own")
     parser.add_argument(
-        "--to", choices=("safetensors", "bin"), default="safetensors", help="format to write (default: %(default)s)"
+        "--to",
+        choices=("safetensors", "bin", "dcp"),
+        default="safetensors",
+        help="format to write; dcp is a folder of torch.distributed.checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--max-shard-size",

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare two checkpoints tensor by tensor, in whatever formats and shards they are, and say what differs."""
     try:
         where = Where.of(arguments)
-        first = Checkpoint(where.locate())
-        second = Checkpoint(replace(where, path=arguments.other).locate())
+        first = Checkpoint(where.locate(in_chunks=True))
+        second = Checkpoint(replace(where, path=arguments.other).locate(in_chunks=True))
         with Progress("comparing", first.n_bytes) as progress:
             differences = list(_compare(first, second, progress))
     except FastloadError as error:
@@ -83,12 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _compare(first: Checkpoint, second: Checkpoint, progress: Progress) -> Iterator[Difference]:
     ours, theirs = _keys(first), _keys(second)
     for key, kept in ours.items():
-        spec = first.specs[kept]
+        spec = first.spec(kept)
         here = f"{spec.dtype.torch_name} {list(spec.shape)}"
         if key not in theirs:
             yield Difference(key, "removed", here, None)
             continue
-        other = second.specs[theirs[key]]
+        other = second.spec(theirs[key])
         there = f"{other.dtype.torch_name} {list(other.shape)}"
         if spec.shape != other.shape:
             yield Difference(key, "shape", here, there)
@@ -96,18 +96,18 @@ def _compare(first: Checkpoint, second: Checkpoint, progress: Progress) -> Itera
             yield Difference(key, "dtype", here, there)
         elif (difference := _difference(first[kept], second[theirs[key]])) is not None:
             yield Difference(key, "values", here, there, *difference)
-        first.open_file(spec.region.file).release(spec.region)
-        second.open_file(other.region.file).release(other.region)
-        progress.advance(spec.region.n_bytes)
+        first.release(kept)
+        second.release(theirs[key])
+        progress.advance(spec.n_bytes)
     for key, kept in theirs.items():
         if key not in ours:
-            spec = second.specs[kept]
+            spec = second.spec(kept)
             yield Difference(key, "added", None, f"{spec.dtype.torch_name} {list(spec.shape)}")
 
 
 def _keys(checkpoint: Checkpoint) -> dict[str, str]:
     """Every name, those of tied tensors too -> the key that holds it."""
-    return {**{key: key for key in checkpoint.specs}, **checkpoint.aliases}
+    return {**{key: key for key in checkpoint}, **checkpoint.aliases}
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> tuple[int, float | None] | None:

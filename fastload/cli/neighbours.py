@@ -17,7 +17,8 @@ __all__ = ["Neighbours", "copy_files", "find_neighbours"]
 # The largest tokenizers in use take 40 MB.
 _MOST_BYTES = 100 * 10**6
 _WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite|npz|index(\..+)?\.json)", re.IGNORECASE
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|ot|gguf|tflite|npz|distcp|index(\..+)?\.json)",
+    re.IGNORECASE,
 )
 
 

@@ -17,8 +17,9 @@ import torch
 
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import DType, to_torch
-from fastload.formats.specs import TensorSpec
+from fastload.formats.specs import FusedSpec, TensorSpec
 from fastload.progress import Progress
+from fastload.storage.assembling import assemble
 from fastload.storage.atomic import save_error
 from fastload.storage.mapping import is_mappable
 
@@ -30,8 +31,8 @@ _ALIGNMENT_BYTES = mmap.PAGESIZE
 def convert_into_scratch(checkpoint: Checkpoint, dtype: DType | None, folder: str) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, ready to be written.
 
-    Those that need no change are views of the checkpoint's files. Those that are converted, compressed, byte-swapped
-    or misaligned stand in a nameless file. Tensors that were the same memory still are.
+    Those that need no change are views of the checkpoint's files. Those that are converted, compressed, byte-swapped,
+    misaligned or in chunks stand in a nameless file. Tensors that were the same memory still are.
 
     Args:
         checkpoint: what to take them from.
@@ -42,7 +43,7 @@ def convert_into_scratch(checkpoint: Checkpoint, dtype: DType | None, folder: st
         SaveError: there is no room for the scratch file.
         FormatError: a tensor cannot be decoded.
     """
-    specs = checkpoint.specs
+    specs = {key: checkpoint.spec(key) for key in checkpoint}
     made = _what_to_make(specs, dtype)
     sizes = {keys[0]: prod(specs[keys[0]].shape) * wanted.itemsize for wanted, keys in made}
     offsets, n_scratch_bytes = _lay_out(sizes)
@@ -61,12 +62,12 @@ def convert_into_scratch(checkpoint: Checkpoint, dtype: DType | None, folder: st
     return {key: tensors[key] if key in tensors else checkpoint[key] for key in specs}
 
 
-def _what_to_make(specs: Mapping[str, TensorSpec], dtype: DType | None) -> list[tuple[DType, list[str]]]:
+def _what_to_make(specs: Mapping[str, TensorSpec | FusedSpec], dtype: DType | None) -> list[tuple[DType, list[str]]]:
     """The tensors that cannot be written as they lie: (type, keys), with keys that are one tensor together."""
     made: dict[tuple[object, ...], tuple[DType, list[str]]] = {}
     for key, spec in specs.items():
         wanted = dtype if dtype is not None and spec.dtype.castable else spec.dtype
-        if wanted is not spec.dtype or not is_mappable(spec):
+        if wanted is not spec.dtype or isinstance(spec, FusedSpec) or not is_mappable(spec):
             made.setdefault(spec[1:], (wanted, []))[1].append(key)
     return list(made.values())
 
@@ -101,7 +102,10 @@ def _room(scratch: mmap.mmap | None, shape: tuple[int, ...], dtype: DType, offse
     return torch.frombuffer(scratch, dtype=to_torch(dtype), count=n_items, offset=offset_bytes).view(shape)
 
 
-def _fill(tensor: torch.Tensor, spec: TensorSpec, checkpoint: Checkpoint) -> None:
+def _fill(tensor: torch.Tensor, spec: TensorSpec | FusedSpec, checkpoint: Checkpoint) -> None:
+    if isinstance(spec, FusedSpec):
+        assemble(tensor, spec, checkpoint.open_file)
+        return
     file = checkpoint.open_file(spec.region.file)
     tensor.copy_(file.tensor(spec))
     file.release(spec.region)

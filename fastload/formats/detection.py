@@ -7,7 +7,10 @@ import os
 from fastload.errors import UnreadableFileError
 from fastload.formats.specs import FileContents
 
-__all__ = ["read_file"]
+__all__ = ["DCP_METADATA", "DCP_SUFFIX", "read_file"]
+
+#: What torch.distributed.checkpoint calls the files of its folders.
+DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
 
 _PEEK_BYTES = 16
 

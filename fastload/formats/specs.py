@@ -12,7 +12,16 @@ from typing import NamedTuple
 
 from fastload.dtypes import DType
 
-__all__ = ["Encoding", "FileContents", "Region", "StorageView", "TensorSpec", "contiguous_stride"]
+__all__ = [
+    "Encoding",
+    "FileContents",
+    "FusedSpec",
+    "Piece",
+    "Region",
+    "StorageView",
+    "TensorSpec",
+    "contiguous_stride",
+]
 
 
 class Encoding(NamedTuple):
@@ -75,6 +84,49 @@ class TensorSpec(NamedTuple):
     def n_bytes(self) -> int:
         """Bytes of its elements: fewer than its region has where other elements lie between them."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """One tensor of the files as a box of the fused tensor.
+
+    Attributes:
+        spec: the tensor.
+        offset: index of its first element in the fused tensor, counted in elements.
+        stride: distance of its elements along each of its dimensions there, in elements.
+    """
+
+    spec: TensorSpec
+    offset: int
+    stride: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its bytes follow each other in the fused tensor as they do in the file."""
+        return self.stride == contiguous_stride(self.spec.shape) or prod(self.spec.shape) <= 1
+
+
+class FusedSpec(NamedTuple):
+    """A fused tensor: what a TensorSpec is for one that is in a file as it is needed.
+
+    Attributes:
+        key: name of the fused tensor.
+        shape: its shape.
+        pieces: what it is made of; every element belongs to exactly one.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> DType:
+        """The type that all its pieces have."""
+        return self.pieces[0].spec.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces together."""
+        return sum(piece.spec.n_bytes for piece in self.pieces)
 
 
 class FileContents(NamedTuple):

@@ -18,10 +18,10 @@ from fastload.formats.torch_source import Source, Storages, open_source
 from fastload.formats.torch_stubs import OrderedDictStub, StorageStub, StorageType, TensorStub, UnsupportedStub
 from fastload.formats.torch_zip import Directory, ZipStorages, read_directory, read_entry
 
-__all__ = ["read_bin"]
+__all__ = ["NESTED_UNDER", "read_bin", "read_tensor"]
 
-# Where training programs keep the weights, when they are not at the top.
-_NESTED_UNDER: Final = ("state_dict", "model", "module")
+#: Where training programs keep the weights, when they are not at the top.
+NESTED_UNDER: Final = ("state_dict", "model", "module")
 # Views of a storage larger than it (expanded tensors) cost nothing until someone copies them.
 _MAX_EXPANDED_BYTES: Final = 1 << 30
 # Hashes of tuples can be made to collide; a small cache cannot be made slow.
@@ -69,6 +69,22 @@ def read_bin(path: str) -> FileContents:
         specs = _specs(state, storages, source)
         others = () if len(specs) == len(state) else _others(state)
         return FileContents(specs, {}, source.n_bytes, source.modified_ns, others)
+
+
+def read_tensor(source: Source, key: str) -> TensorSpec:
+    """Describe the one tensor that ``torch.save`` wrote, as a zip archive, to a file or a part of one.
+
+    Raises as `read_bin` does.
+
+    Args:
+        source: where it is.
+        key: the name that it shall have.
+    """
+    root, storages = _read_zip(source)
+    if type(root) is not TensorStub and type(root) is not UnsupportedStub:
+        raise FormatError("a tensor was expected", file=source.file, key=key, found=_describe(root))
+    (spec,) = _specs({key: root}, storages, source)
+    return spec
 
 
 def _read_zip(source: Source) -> tuple[object, Storages]:
@@ -119,7 +135,7 @@ def _storage(saved: object) -> StorageStub:
 
 def _find_state(root: object, file: str) -> dict[Any, Any]:
     if _is_dict(root):
-        places = [root, *(root.get(name) for name in _NESTED_UNDER)]
+        places = [root, *(root.get(name) for name in NESTED_UNDER)]
         for place in places:
             if _is_dict(place) and any(type(value) in (TensorStub, UnsupportedStub) for value in place.values()):
                 return place
@@ -128,7 +144,7 @@ def _find_state(root: object, file: str) -> dict[Any, Any]:
     raise FormatError(
         "the file holds no state dict",
         file=file,
-        expected=f"a dict of tensors, by itself or under {', '.join(_NESTED_UNDER)}",
+        expected=f"a dict of tensors, by itself or under {', '.join(NESTED_UNDER)}",
         found=_describe(root),
         fix="save a state_dict(), or take the tensors out of this file with the program that wrote it",
     )

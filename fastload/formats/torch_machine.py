@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastload.errors import FormatError, TruncatedFileError, UnsafePickleError
 from fastload.formats.torch_records import Records
+from fastload.formats.torch_stubs import GLOBALS
 
 __all__ = ["FIX_DAMAGED", "Machine", "PickleEndsEarlyError", "damaged"]
 
@@ -26,6 +27,7 @@ class Machine:
         n_bytes: its length without the padding.
         file: named in errors.
         persistent_load: turns the id of a storage into its description.
+        names: what may be mentioned, and what stands in for it.
         stack: objects since the last mark.
         marks: the stacks before each mark.
         memo: what can be fetched again; an entry never changes.
@@ -33,15 +35,22 @@ class Machine:
         end: position after the pickle, once it has stopped.
     """
 
-    __slots__ = ("data", "end", "file", "marks", "memo", "n_bytes", "persistent_load", "records", "stack")
+    __slots__ = ("data", "end", "file", "marks", "memo", "n_bytes", "names", "persistent_load", "records", "stack")
 
     def __init__(
-        self, data: bytes, n_bytes: int, file: str, persistent_load: Callable[[object], object], use_records: bool
+        self,
+        data: bytes,
+        n_bytes: int,
+        file: str,
+        persistent_load: Callable[[object], object],
+        use_records: bool,
+        names: Mapping[tuple[str, str], object] = GLOBALS,
     ) -> None:
         self.data = data
         self.n_bytes = n_bytes
         self.file = file
         self.persistent_load = persistent_load
+        self.names = names
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}

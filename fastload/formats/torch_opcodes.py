@@ -12,15 +12,16 @@ from typing import Any, Final
 
 from fastload.formats.torch_machine import Machine, damaged
 from fastload.formats.torch_records import RestartError
-from fastload.formats.torch_stubs import GLOBALS, OPAQUE, REBUILD_TENSOR_V2, OrderedDictStub, Rebuild
+from fastload.formats.torch_stubs import OPAQUE, REBUILD_TENSOR_V2, ClassStub, InstanceStub, OrderedDictStub, Rebuild
 
 __all__ = ["HANDLERS"]
 
 _U16, _U32, _I32, _U64, _F64 = Struct("<H"), Struct("<I"), Struct("<i"), Struct("<Q"), Struct(">d")
-_MAX_ARGUMENTS: Final = 16
+_MAX_ARGUMENTS: Final = 256
 _MAX_NAME: Final = 256
 _MAX_DEPTH: Final = 1_000
-_KEY_TYPES: Final = {str, int, float, bool, type(None)}
+# Instances are told apart by identity, which no pickle chooses.
+_KEY_TYPES: Final = {str, int, float, bool, type(None), InstanceStub}
 
 
 def _unknown(m: Machine, pos: int) -> int:
@@ -299,7 +300,7 @@ def _stack_global(m: Machine, pos: int) -> int:
 
 def _find(m: Machine, module: str, name: str) -> None:
     # The pair is looked up as it stands: neither dots in the name nor attributes of anything are followed.
-    value = GLOBALS.get((module, name))
+    value = m.names.get((module, name))
     if value is None:
         raise m.unsafe(
             "the pickle asks for code or an object that no state dict needs",
@@ -320,10 +321,22 @@ def _reduce(m: Machine, pos: int) -> int:
     return pos
 
 
+def _newobj(m: Machine, pos: int) -> int:
+    arguments = m.stack.pop()
+    kind = m.stack.pop()
+    if type(kind) is not ClassStub or arguments != ():
+        raise m.unsafe("the pickle makes an object that no state dict needs", found=f"NEWOBJ at byte {pos - 1}")
+    m.stack.append(InstanceStub(kind.name))
+    return pos
+
+
 def _build(m: Machine, pos: int) -> int:
-    # State dicts carry `_metadata` (versions of modules) as the state of their OrderedDict. No reader needs it.
-    m.stack.pop()
+    state = m.stack.pop()
     target = m.stack[-1]
+    if type(target) is InstanceStub and target.state is None:
+        target.state = state
+        return pos
+    # State dicts carry `_metadata` (versions of modules) as the state of their OrderedDict. No reader needs it.
     if type(target) is not OrderedDictStub:
         raise m.unsafe("the pickle sets the state of something that has none", found=type(target).__name__)
     return pos
@@ -380,6 +393,7 @@ _TABLE: Final[dict[bytes, Callable[[Machine, int], int]]] = {
     b"c": _global,
     b"\x93": _stack_global,
     b"R": _reduce,
+    b"\x81": _newobj,
     b"b": _build,
     b"Q": _binpersid,
 }

@@ -13,7 +13,7 @@ Opcodes and their arguments: CPython's ``pickletools.py``; what torch writes wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from struct import error as struct_error
 from typing import Final
@@ -22,6 +22,7 @@ from fastload.errors import FastloadError
 from fastload.formats.torch_machine import FIX_DAMAGED, Machine, PickleEndsEarlyError, damaged
 from fastload.formats.torch_opcodes import HANDLERS
 from fastload.formats.torch_records import RestartError
+from fastload.formats.torch_stubs import GLOBALS
 
 __all__ = ["MAX_PICKLE_BYTES", "PickleEndsEarlyError", "load_pickle"]
 
@@ -31,7 +32,13 @@ _MAX_STEPS: Final = 16 << 20
 _PADDING: Final = bytes(32)
 
 
-def load_pickle(data: bytes, pos: int, file: str, persistent_load: Callable[[object], object]) -> tuple[object, int]:
+def load_pickle(
+    data: bytes,
+    pos: int,
+    file: str,
+    persistent_load: Callable[[object], object],
+    names: Mapping[tuple[str, str], object] = GLOBALS,
+) -> tuple[object, int]:
     """Read one pickle.
 
     Args:
@@ -39,6 +46,7 @@ def load_pickle(data: bytes, pos: int, file: str, persistent_load: Callable[[obj
         pos: where in `data` it begins.
         file: named in errors.
         persistent_load: turns the id of a storage into its description.
+        names: (module, name) -> what stands in for it. Whatever else the pickle mentions is refused.
 
     Returns:
         the object (dicts, lists, tuples, strings, numbers and the stand-ins of torch_stubs) and the position after it.
@@ -50,7 +58,7 @@ def load_pickle(data: bytes, pos: int, file: str, persistent_load: Callable[[obj
     """
     padded = data + _PADDING  # arguments of fixed size are read without asking whether they are there
     for use_records in (True, False):
-        machine = Machine(padded, len(data), file, persistent_load, use_records)
+        machine = Machine(padded, len(data), file, persistent_load, use_records, names)
         try:
             result = _run(machine, pos)
         except RestartError:

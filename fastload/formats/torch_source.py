@@ -15,12 +15,16 @@ __all__ = ["Source", "Storages", "open_source"]
 
 
 class Source(NamedTuple):
-    """An open file: its descriptor, its path for messages and regions, its size in bytes, when it was modified."""
+    """A file, or a part of one, to be read: its descriptor, path, size in bytes, when it was modified, where it begins.
+
+    Offsets count from the beginning of the part.
+    """
 
     fd: int
     file: str
     n_bytes: int
     modified_ns: int
+    begin_bytes: int = 0
 
     def read(self, offset_bytes: int, n_bytes: int) -> bytes:
         """Exactly `n_bytes`; TruncatedFileError where the file has fewer, UnreadableFileError where reading fails.
@@ -32,7 +36,7 @@ class Source(NamedTuple):
         pieces: list[bytes] = []
         while n_bytes > 0:
             try:
-                piece = os.pread(self.fd, min(n_bytes, 1 << 30), offset_bytes)
+                piece = os.pread(self.fd, min(n_bytes, 1 << 30), self.begin_bytes + offset_bytes)
             except OSError as error:
                 raise _unreadable(self.file, error) from error
             if not piece:

@@ -22,7 +22,9 @@ __all__ = [
     "OPAQUE",
     "ORDERED_DICT",
     "REBUILD_TENSOR_V2",
+    "ClassStub",
     "Inert",
+    "InstanceStub",
     "OrderedDictStub",
     "Rebuild",
     "StorageStub",
@@ -99,6 +101,22 @@ class UnsupportedStub(NamedTuple):
     """A tensor of a sort that cannot be described as a region; an error only if it is among the weights."""
 
     what: str
+
+
+class ClassStub(NamedTuple):
+    """A class that a pickle may make instances of, without arguments. No name of a state dict leads to one."""
+
+    name: str
+
+
+class InstanceStub:
+    """An instance of such a class: the name of its class, and the state that the pickle gives it, as it is there."""
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.state: Any = None
 
 
 class Rebuild:

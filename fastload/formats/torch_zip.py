@@ -295,7 +295,7 @@ class ZipStorages:
                 encoding = Encoding("deflate", n_encoded, crc32, swap)
             elif swap > 1:
                 encoding = Encoding("none", n_bytes, None, swap)
-        return _new(Region, (self._source.file, offset, n_bytes, encoding))
+        return _new(Region, (self._source.file, self._source.begin_bytes + offset, n_bytes, encoding))
 
     def _absent(self, name: bytes, n_bytes: int) -> Region:
         if n_bytes == 0:

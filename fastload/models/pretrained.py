@@ -352,7 +352,8 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, che
     if dtype != "auto":
         chosen = parse_dtype(dtype if dtype is not None else torch.get_default_dtype())
     else:
-        of_files = (spec.dtype for spec in checkpoint.specs.values() if spec.dtype.castable)
+        dtypes = (checkpoint.spec(key).dtype for key in checkpoint)
+        of_files = (dtype for dtype in dtypes if dtype.castable)
         chosen = parse_dtype(config.dtype) or next(of_files, None)
     if chosen is None:
         return torch.get_default_dtype()

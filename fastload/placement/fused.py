@@ -65,7 +65,8 @@ def remap(row: FusedRow) -> tuple[torch.Tensor, int]:
 def _gather(row: FusedRow, open_file: Callable[[str], MappedFile], existing: torch.Tensor | None) -> torch.Tensor:
     """Write every piece into its box, converted on the way; in parallel, because fresh pages are what it costs."""
     destination = existing
-    if destination is None:
+    if destination is None or not destination.is_contiguous():
+        # A piece is a box of contiguous memory; what is laid out in another way gets a copy of the whole.
         destination = torch.empty(row.spec.shape, dtype=to_torch(row.dtype), device="cpu")
 
     def write(piece: Piece) -> None:
@@ -80,4 +81,7 @@ def _gather(row: FusedRow, open_file: Callable[[str], MappedFile], existing: tor
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "fastload-gather") as writers:
         # Joining the results raises what a writer raised.
         list(writers.map(write, row.spec.pieces))
+    if existing is not None and existing is not destination:
+        with torch.no_grad():
+            return existing.copy_(destination)
     return destination.to(row.device) if row.action is Action.MOVE else destination

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
 
-from fastload.dtypes import DType
 from fastload.errors import KeyMatchError, OptionError
-from fastload.formats.specs import TensorSpec, contiguous_stride
+from fastload.formats.specs import FusedSpec, Piece, TensorSpec, contiguous_stride
 
 __all__ = ["Concatenate", "FusedSpec", "Fusion", "Piece", "Stack", "fuse", "join"]
 
@@ -59,49 +56,6 @@ class Fusion:
                 found=", ".join(kind.__name__ for kind in kinds) or "none",
                 fix="a Stack for sources with '*', then a Concatenate for several sources",
             )
-
-
-class Piece(NamedTuple):
-    """One tensor of the files as a box of the fused tensor.
-
-    Attributes:
-        spec: the tensor.
-        offset: index of its first element in the fused tensor, counted in elements.
-        stride: distance of its elements along each of its dimensions there, in elements.
-    """
-
-    spec: TensorSpec
-    offset: int
-    stride: tuple[int, ...]
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its bytes follow each other in the fused tensor as they do in the file."""
-        return self.stride == contiguous_stride(self.spec.shape) or prod(self.spec.shape) <= 1
-
-
-class FusedSpec(NamedTuple):
-    """A fused tensor: what a TensorSpec is for one that is in a file as it is needed.
-
-    Attributes:
-        key: name of the fused tensor.
-        shape: its shape.
-        pieces: what it is made of; every element belongs to exactly one.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def dtype(self) -> DType:
-        """The type that all its pieces have."""
-        return self.pieces[0].spec.dtype
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all pieces together."""
-        return sum(piece.spec.n_bytes for piece in self.pieces)
 
 
 def fuse(specs: Mapping[str, TensorSpec], fusions: Sequence[Fusion]) -> tuple[dict[str, TensorSpec], list[FusedSpec]]:

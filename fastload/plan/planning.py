@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from types import MappingProxyType
 
 from fastload.dtypes import DTYPES, DType
 from fastload.errors import KeyMatchError
@@ -28,11 +30,20 @@ _new = tuple.__new__
 _HAS_MEMORY = "the module has memory of its own"
 
 
-def plan_state_dict(specs: Mapping[str, TensorSpec], *, dtype: DType | None, device: str) -> LoadPlan:
+def plan_state_dict(
+    specs: Mapping[str, TensorSpec],
+    *,
+    dtype: DType | None,
+    device: str,
+    fused: Mapping[str, FusedSpec] = MappingProxyType({}),
+) -> LoadPlan:
     """A plan for a plain state dict: every tensor under its own key, on one device."""
     targets = {kind: dtype if dtype and kind.castable else kind for kind in DTYPES.values()}
     rows = [plan_row(key, spec, targets[spec.dtype], device) for key, spec in specs.items()]
-    return LoadPlan(tuple(rows), KeyMatch(dict(zip(specs, specs, strict=True)), (), (), ()))
+    fused_rows = [plan_fused_row(key, spec, targets[spec.dtype], device) for key, spec in fused.items()]
+    return LoadPlan(
+        tuple(rows), KeyMatch({key: key for key in chain(specs, fused)}, (), (), ()), fused=tuple(fused_rows)
+    )
 
 
 def plan_model(
@@ -42,6 +53,7 @@ def plan_model(
     rules: KeyRules,
     source: str,
     *,
+    fused: Mapping[str, FusedSpec] = MappingProxyType({}),
     others: Iterable[str] = (),
 ) -> LoadPlan:
     """A plan for a model.
@@ -52,6 +64,7 @@ def plan_model(
         options: what the caller asked for.
         rules: what the architecture knows of its keys.
         source: the checkpoint's path, for messages.
+        fused: the files' tensors that lie there in pieces, by key.
         others: keys of what the files hold beside tensors. They fill nothing.
 
     Raises:
@@ -59,11 +72,11 @@ def plan_model(
             strict also missing and unexpected keys.
     """
     single, fused_specs = fuse(specs, rules.fusions) if rules.fusions else (specs, [])
-    fused_by_key = {spec.key: spec for spec in fused_specs}
+    fused_by_key = {**fused, **{spec.key: spec for spec in fused_specs}}
     keys = match_keys([*single, *fused_by_key], slots, rules, options.key_mapping, others=others)
     device_of = device_finder(options.device_map)
     rows: list[PlanRow] = []
-    fused: list[FusedRow] = []
+    fused_rows: list[FusedRow] = []
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for key, fqn in keys.fqn_of_key.items():
         slot = slots[fqn]
@@ -76,9 +89,9 @@ def plan_model(
         if isinstance(spec, FusedSpec):
             spec = spec if slot.box is None else narrow_fused(spec, slot.box)
             if slot.on_meta:
-                fused.append(plan_fused_row(fqn, spec, dtype, device_of(fqn)))
+                fused_rows.append(plan_fused_row(fqn, spec, dtype, device_of(fqn)))
             else:
-                fused.append(FusedRow(fqn, spec, slot.dtype, "", Action.GATHER, _HAS_MEMORY))
+                fused_rows.append(FusedRow(fqn, spec, slot.dtype, "", Action.GATHER, _HAS_MEMORY))
         elif slot.box is not None:
             rows.append(plan_part(slot, spec, dtype, device_of(fqn)))
         elif slot.on_meta:
@@ -86,7 +99,7 @@ def plan_model(
         else:
             rows.append(PlanRow(fqn, spec, slot.dtype, "", Action.FILL, _HAS_MEMORY))
     rows.sort(key=lambda row: row.spec.region[:2])
-    plan = LoadPlan(tuple(rows), keys, tuple(mismatched), tuple(fused))
+    plan = LoadPlan(tuple(rows), keys, tuple(mismatched), tuple(fused_rows))
     _check(plan, options, source)
     return plan
 

@@ -19,6 +19,7 @@ from fastload.errors import (
     OptionError,
     UnreadableFileError,
 )
+from fastload.formats.detection import DCP_METADATA, DCP_SUFFIX
 from fastload.formats.index import read_index
 from fastload.options import FileOptions
 from fastload.sources.journal import FolderView, view_folder
@@ -127,6 +128,17 @@ def _in_folder(folder: str, options: FileOptions) -> CheckpointFiles:
             raise
         raise _unreadable(folder, error) from error
     present = [c for c in candidates(options) if c.single in names or c.index in names]
+    if not present and options.variant is None and options.use_safetensors is None:
+        if DCP_METADATA in names:
+            return _of_ranks(view, names)
+        if any(name.endswith(DCP_SUFFIX) for name in names):
+            raise CheckpointNotFoundError(
+                "the folder holds files of torch.distributed.checkpoint, but not what says what is in them",
+                file=folder,
+                expected=DCP_METADATA,
+                found=listed(names),
+                fix=f"copy {DCP_METADATA} too, which is hidden; if there is none, the save did not come to its end",
+            )
     if not present:
         raise nothing_found(folder, (name for name in names if not name.startswith(".")), options)
     chosen = present[0]
@@ -160,7 +172,21 @@ def _compare(view: FolderView, chosen: Candidate, names: set[str]) -> tuple[str,
     )
 
 
+def _of_ranks(view: FolderView, names: set[str]) -> CheckpointFiles:
+    """The files that ranks wrote through torch.distributed.checkpoint."""
+    files = sorted(name for name in names if name.endswith(DCP_SUFFIX))
+    for name in files:
+        _require_weights(view.path(name), name, _status(view.path(name)))
+    return CheckpointFiles(view.folder, "dcp", tuple(map(view.path, files)), index=view.path(DCP_METADATA))
+
+
 def _from_file(view: FolderView, name: str, options: FileOptions) -> CheckpointFiles:
+    if name == DCP_METADATA or name.endswith(DCP_SUFFIX):
+        raise OptionError(
+            "a checkpoint that several ranks wrote is a folder, and this is one file of it",
+            file=os.path.join(view.folder, name),
+            fix="give the folder",
+        )
     files = _sharded(view, name) if name.endswith(".json") else _single(view, name)
     wanted = {None: files.format, True: "safetensors", False: "bin"}[options.use_safetensors]
     if files.format != wanted:

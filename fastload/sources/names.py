@@ -12,7 +12,7 @@ from fastload.options import FileOptions
 
 __all__ = ["CONFIG_NAME", "Candidate", "FileFormat", "candidates", "listed", "nothing_found", "shard_name"]
 
-FileFormat: TypeAlias = Literal["safetensors", "bin"]
+FileFormat: TypeAlias = Literal["safetensors", "bin", "dcp"]
 
 CONFIG_NAME = "config.json"
 

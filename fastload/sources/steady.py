@@ -26,7 +26,9 @@ __all__ = ["read_steadily"]
 _Result = TypeVar("_Result")
 
 # What a checkpoint is made of; what else is written to the folder is no reason to read again.
-_RELEVANT = re.compile(rf"{re.escape(JOURNAL_NAME)}|(?!\.fastload-).*\.(safetensors|bin|json)", re.DOTALL)
+_RELEVANT = re.compile(
+    rf"{re.escape(JOURNAL_NAME)}|(?!\.fastload-).*\.(safetensors|bin|json|distcp|metadata)", re.DOTALL
+)
 _MAX_ATTEMPTS = 50
 # Two changes within one tick of a file system's clock leave the folder with one time. Ticks are of 4 ms, of old file
 # systems of a second; the rest is for the clock of a server that differs from this machine's.
