@@ -19,7 +19,7 @@ from fastload.checkpoint import Checkpoint
 from fastload.dtypes import DType, to_torch
 from fastload.formats.specs import FusedSpec, TensorSpec
 from fastload.progress import Progress
-from fastload.storage.assembling import assemble
+from fastload.storage.assembling import assemble, write_tensor
 from fastload.storage.atomic import save_error
 from fastload.storage.mapping import is_mappable
 
@@ -105,7 +105,5 @@ def _room(scratch: mmap.mmap | None, shape: tuple[int, ...], dtype: DType, offse
 def _fill(tensor: torch.Tensor, spec: TensorSpec | FusedSpec, checkpoint: Checkpoint) -> None:
     if isinstance(spec, FusedSpec):
         assemble(tensor, spec, checkpoint.open_file)
-        return
-    file = checkpoint.open_file(spec.region.file)
-    tensor.copy_(file.tensor(spec))
-    file.release(spec.region)
+    else:
+        write_tensor(tensor, spec, checkpoint.open_file(spec.region.file))

@@ -103,8 +103,12 @@ def _remove_files(folder: str) -> None:
 def _save_error(folder: str, error: CheckpointException | OSError) -> SaveError:
     causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
     for cause in causes:
-        if isinstance(cause, OSError):
-            return save_error(folder, cause)
+        # What the system said is often not raised last: closing the archive fails too.
+        reason: BaseException | None = cause
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__cause__ or reason.__context__
+        if reason is not None:
+            return save_error(folder, reason)
     return SaveError(
         "torch.distributed.checkpoint could not write the checkpoint",
         file=folder,

@@ -143,6 +143,12 @@ class MappedFile:
             for offset in runs.offsets():
                 advise(descriptor, offset, n_bytes, advice)
 
+    def raw(self, region: Region) -> torch.Tensor:
+        """The bytes of a region as they lie in the file, wherever they begin."""
+        if region.n_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(self._mmap, dtype=torch.uint8, count=region.n_bytes, offset=region.offset_bytes)
+
     def release(self, region: Region) -> None:
         """Let go of a region that was read once and will not be used again. Safe to be called by several threads.
 
@@ -184,9 +190,7 @@ class MappedFile:
         storage = torch.empty(region.n_bytes // spec.dtype.itemsize, dtype=dtype, device="cpu")
         as_bytes = storage.view(torch.uint8)
         if region.encoding is None:
-            as_bytes.copy_(
-                torch.frombuffer(self._mmap, dtype=torch.uint8, count=region.n_bytes, offset=region.offset_bytes)
-            )
+            as_bytes.copy_(self.raw(region))
         else:
             decode(self._mmap, region, as_bytes.numpy().data)
         return storage
