@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from suite.outcome import Workload
 
-from workloads import cold, decoders, first_output, formats, imports, load, memory, saving, verifying, whole, workers
+from workloads import (
+    cold,
+    decoders,
+    first_output,
+    formats,
+    imports,
+    load,
+    memory,
+    ranks,
+    saving,
+    verifying,
+    whole,
+    workers,
+)
 
 __all__ = ["WORKLOADS"]
 
@@ -26,6 +39,7 @@ WORKLOADS: dict[str, Workload] = {
         workers.WORKERS,
         cold.FIRST_FORWARD,
         cold.STREAM,
+        ranks.TENSOR_PARALLEL,
         saving.SAVE,
         verifying.VERIFY,
         decoders.TTFT_LLAMA,
