@@ -133,7 +133,7 @@ def _add_convert(commands: Any) -> None:
         metavar="SIZE",
         type=_size,
         default="5GB",
-        help="most bytes of a file, such as 500MB or 2GiB (default: %(default)s)",
+        help="most bytes of a file, such as 500MB or 2GiB (default: %(default)s); dcp has one file",
     )
     _add_dtype(parser)
     _add_json(parser)
