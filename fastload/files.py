@@ -18,8 +18,8 @@ import torch
 from fastload.checkpoint import Checkpoint
 from fastload.errors import KeyMatchError, OptionError, SharedMemoryError
 from fastload.options import Durability, FileOptions, parse_durability
-from fastload.saver import checked_metadata, checked_tensors
 from fastload.sources.local import find_weights
+from fastload.storable import checked_metadata, checked_tensors
 from fastload.storage.atomic import create_temporary, rename, save_error, sync_file, sync_folder
 from fastload.storage.sharing import byte_span
 from fastload.storage.writing import FileWriter

@@ -6,26 +6,29 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastload import dtypes
-from fastload.errors import OptionError, SaveError, UnknownDtypeError
+from fastload.distributed.detection import are_laid_out
+from fastload.errors import OptionError, SaveError
 from fastload.formats.index import encode_index
 from fastload.options import Durability, FileOptions, parse_durability
 from fastload.plan.sharding import parse_size, split_into_shards
 from fastload.sources.commit import FolderCommit
 from fastload.sources.names import candidates, shard_name
+from fastload.storable import checked_metadata, checked_tensors
 from fastload.storage.devices import Devices, device_for
-from fastload.storage.sharing import byte_span
-from fastload.storing import Shard, Stored, as_bin, as_safetensors
+from fastload.storing import SafetensorsShard, Shard, Stored, as_bin, as_safetensors
 
-__all__ = ["SaveReport", "checked_metadata", "checked_tensors", "save_checkpoint", "save_state_dict"]
+if TYPE_CHECKING:
+    from fastload.distributed.parts import Part
+
+__all__ = ["SaveReport", "save_checkpoint", "save_state_dict"]
 
 # More than these do not write faster, and each may hold a copy of a tensor that is not contiguous.
 _MAX_WRITERS = 4
@@ -100,6 +103,7 @@ def save_checkpoint(
     shards: Sequence[Sequence[str]] | None = None,
     n_parameters: int | None = None,
     deferred: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+    in_files: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None,
     progress: Callable[[int], None] | None = None,
     durability: Durability = "full",
     incremental: bool = False,
@@ -113,7 +117,8 @@ def save_checkpoint(
 
     Args:
         state_dict: tensors by key, on any device. A safetensors file stores tensors that are the same memory once,
-            and notes the other names in its metadata; a .bin keeps all names, and the sharing.
+            and notes the other names in its metadata; a .bin keeps all names, and the sharing. With DTensors among
+            them all ranks of the default process group have to call, and write one checkpoint together.
         folder: made if need be, with its parents.
         max_shard_size: most bytes of a shard, as a number or as text: "5GB" is 5e9, "5GiB" 5 * 2**30. A tensor that
             is larger has a shard to itself.
@@ -126,6 +131,7 @@ def save_checkpoint(
         n_parameters: what the index gives as ``total_parameters``; otherwise the elements of all tensors.
         deferred: key of a tensor on the meta device -> what loads it, called when it is to be written, so that no
             more than one such tensor need be in memory (of a .bin, those of one shard).
+        in_files: makes of state_dict that of the files, where these have other names, or pieces of tensors as views.
         progress: called with the number of bytes whenever some were written.
         durability: "full" has the files and their names on the disk when the save returns, so that a power failure is
             as harmless as a kill; "data" has the files there before the old ones are given up, but leaves it to the
@@ -141,51 +147,166 @@ def save_checkpoint(
             in the folder is still there.
     """
     begin = time.perf_counter()
-    options = FileOptions(variant=variant, use_safetensors=safe_serialization)
-    single, index_name = candidates(options)[0].names
-    small_files = _encoded(extra_files or {}, variant)
-    tensors = checked_tensors(state_dict, deferred or {})
-    if safe_serialization:
-        content = as_safetensors(tensors, tied or {}, checked_metadata(metadata or {}), deferred or {}, devices)
-    elif incremental:
-        raise OptionError(
-            "a .bin has no checksums to know it again by", fix="save as safetensors, or leave incremental out"
-        )
-    elif metadata:
-        raise OptionError("a .bin has no place for metadata", fix="save as safetensors, or leave metadata out")
+    form = _Form(
+        variant=variant,
+        as_safetensors=safe_serialization,
+        max_shard_bytes=parse_size(max_shard_size),
+        small_files=_encoded(extra_files or {}, variant),
+        shards=shards,
+        n_parameters=n_parameters,
+    )
+    texts = checked_metadata(metadata or {})
+    if not safe_serialization and (incremental or texts):
+        raise _not_in_a_bin("metadata" if texts else "incremental")
+    target = _Target(os.fspath(folder), parse_durability(durability), progress)
+    if are_laid_out(state_dict.values()):
+        if incremental or not safe_serialization:
+            raise _not_by_all_ranks("incremental" if incremental else "safe_serialization=False")
+        from fastload.distributed.parts import parts_of
+
+        collect = partial(parts_of, state_dict, checked_tensors, in_files)
+        report = _save_together(collect, target, form, tied or {}, texts, devices)
     else:
-        content = as_bin(tensors, deferred or {})
-    shards = _divide(content, parse_size(max_shard_size), shards)
-    names = [shard_name(single, number, len(shards)) for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [single]
-    # All that can be wrong with the tensors is told before the folder is touched.
-    files = {name: content.prepare(keys) for name, keys in zip(names, shards, strict=True)}
-    # A torch.save in hand holds copies of its shard; what is on a device or yet to be loaded has its own order.
-    in_parallel = safe_serialization and all(tensor.device.type == "cpu" for tensor in tensors.values())
-    n_writers = min(len(shards), _MAX_WRITERS) if in_parallel else 1
-    tell = _Progress(progress)
-    with FolderCommit(os.path.abspath(folder), durability=parse_durability(durability), progress=tell) as commit:
-        written = _write_all(commit, files, n_writers, tell, incremental)
-        if len(shards) > 1:
-            weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-            n_elements = content.n_elements if n_parameters is None else n_parameters
-            checksums = {name: written[name].checksum for name in names if written[name].checksum}
+        tensors = checked_tensors(in_files(state_dict) if in_files else state_dict, deferred or {})
+        if safe_serialization:
+            content = as_safetensors(tensors, tied or {}, texts, deferred or {}, devices)
+        else:
+            content = as_bin(tensors, deferred or {})
+        # A torch.save in hand holds copies of its shard; what is on a device or yet to be loaded has its own order.
+        in_parallel = safe_serialization and all(tensor.device.type == "cpu" for tensor in tensors.values())
+        report = _save_alone(content, target, form, _MAX_WRITERS if in_parallel else 1, incremental)
+    return replace(report, folder=os.fspath(folder), seconds=time.perf_counter() - begin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a save goes, what it waits for, and who is told of its progress."""
+
+    folder: str
+    durability: Durability
+    progress: Callable[[int], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How tensors become the files of a checkpoint.
+
+    Attributes:
+        variant, shards, n_parameters: as for ``save_checkpoint``.
+        as_safetensors: or else as .bin.
+        max_shard_bytes: most bytes of a shard.
+        small_files: those beside the weights, name -> contents.
+    """
+
+    variant: str | None
+    as_safetensors: bool
+    max_shard_bytes: int
+    small_files: Mapping[str, bytes]
+    shards: Sequence[Sequence[str]] | None
+    n_parameters: int | None
+
+    def lay_out(self, content: Stored) -> tuple[dict[str, list[str]], dict[str, Shard]]:
+        """The keys of each file, and the files. All that can be wrong with the tensors is told here."""
+        single, _ = self._names()
+        shards = _divide(content, self.max_shard_bytes, self.shards)
+        names = [shard_name(single, number, len(shards)) for number in range(1, len(shards) + 1)]
+        keys_of = dict(zip(names if len(shards) > 1 else [single], shards, strict=True))
+        return keys_of, {name: content.prepare(keys) for name, keys in keys_of.items()}
+
+    def conclude(
+        self,
+        content: Stored,
+        keys_of: Mapping[str, Sequence[str]],
+        commit: FolderCommit,
+        checksums: Mapping[str, str],
+        kept: Sequence[str] = (),
+    ) -> SaveReport:
+        """Write index and small files once the shards are complete, and commit.
+
+        Args:
+            content: the tensors.
+            keys_of: the keys of each shard.
+            commit: the save.
+            checksums: of each shard, where the format has them.
+            kept: shards of an earlier save.
+        """
+        small_files = dict(self.small_files)
+        if len(keys_of) > 1:
+            weight_map = {key: name for name, keys in keys_of.items() for key in keys}
+            n_elements = content.n_elements if self.n_parameters is None else self.n_parameters
             index = encode_index(weight_map, n_elements, content.n_bytes, checksums)
-            small_files = {index_name: index.encode(), **small_files}
+            small_files = {self._names()[1]: index.encode(), **small_files}
         for name, data in small_files.items():
             with commit.file(name) as writer:
                 writer.write(data)
-        kept = tuple(name for name in names if written[name].is_kept)
-        removed = commit.commit(name for name in commit.names() if _is_weights(name, variant) and name not in kept)
-    return SaveReport(
-        folder=os.fspath(folder),
-        files=(*(name for name in names if name not in kept), *small_files),
-        n_tensors=len(content.sizes),
-        n_bytes=content.n_bytes,
-        seconds=time.perf_counter() - begin,
-        removed=removed,
-        kept=kept,
+        old = [name for name in commit.names() if _is_weights(name, self.variant) and name not in kept]
+        removed = commit.commit(old)
+        files = (*(name for name in keys_of if name not in kept), *small_files)
+        n_tensors = len(content.sizes)
+        return SaveReport(commit.folder, files, n_tensors, content.n_bytes, 0.0, removed, tuple(kept))
+
+    def _names(self) -> tuple[str, str]:
+        """The name of a single file, and of an index."""
+        options = FileOptions(variant=self.variant, use_safetensors=self.as_safetensors)
+        single, index = candidates(options)[0].names
+        return single, index
+
+
+def _save_alone(content: Stored, target: _Target, form: _Form, max_writers: int, incremental: bool) -> SaveReport:
+    """Save what this process has."""
+    keys_of, files = form.lay_out(content)
+    tell = _Progress(target.progress)
+    with FolderCommit(os.path.abspath(target.folder), durability=target.durability, progress=tell) as commit:
+        written = _write_all(commit, files, min(len(files), max_writers), tell, incremental)
+        checksums = {name: shard.checksum for name, shard in written.items() if shard.checksum}
+        kept = [name for name, shard in written.items() if shard.is_kept]
+        return form.conclude(content, keys_of, commit, checksums, kept)
+
+
+def _save_together(
+    collect: Callable[[], Mapping[str, Part]],
+    target: _Target,
+    form: _Form,
+    tied: Mapping[str, str],
+    metadata: Mapping[str, str],
+    devices: Devices,
+) -> SaveReport:
+    """Save what all ranks of the process group have."""
+    from fastload.distributed.saving import Target, save_together
+
+    def lay_out(
+        likenesses: Mapping[str, torch.Tensor], memories: Mapping[str, Hashable]
+    ) -> tuple[dict[str, Target], Callable[[FolderCommit, Mapping[str, str]], SaveReport]]:
+        content = as_safetensors(likenesses, tied, metadata, {}, memories=memories)
+        keys_of, files = form.lay_out(content)
+        shards = {name: file for name, file in files.items() if isinstance(file, SafetensorsShard)}
+        targets = {name: Target(shard.header, shard.offsets) for name, shard in shards.items()}
+        return targets, partial(form.conclude, content, keys_of)
+
+    return save_together(
+        collect,
+        os.path.abspath(target.folder),
+        lay_out,
+        durability=target.durability,
+        progress=target.progress,
+        devices=devices,
+    )
+
+
+def _not_in_a_bin(option: str) -> OptionError:
+    if option == "incremental":
+        problem = "a .bin has no checksums to know it again by"
+    else:
+        problem = "a .bin has no place for metadata"
+    return OptionError(problem, fix=f"save as safetensors, or leave {option} out")
+
+
+def _not_by_all_ranks(option: str) -> OptionError:
+    return OptionError(
+        "ranks that save together write all of a checkpoint, as safetensors",
+        key=option,
+        found="tensors that are laid out over ranks (DTensors)",
+        fix=f"leave out {option}",
     )
 
 
@@ -255,60 +376,6 @@ def _divide(content: Stored, max_shard_bytes: int, shards: Sequence[Sequence[str
     return [list(keys) for keys in shards]
 
 
-def checked_tensors(state_dict: Mapping[str, torch.Tensor], deferred: Container[str] = ()) -> dict[str, torch.Tensor]:
-    """The tensors without their gradients, each one that a file can hold; an error names all others."""
-    tensors: dict[str, torch.Tensor] = {}
-    on_meta, problems = [], []
-    for key, value in state_dict.items():
-        problem = _problem(key, value)
-        if problem is not None:
-            problems.append(f"{key!r} {problem}")
-        elif key not in deferred and (value.is_meta or value.untyped_storage().device.type == "meta"):
-            on_meta.append(key)
-        else:
-            tensors[key] = value.detach().resolve_conj().resolve_neg()
-    if problems:
-        raise OptionError(
-            "the state dict holds what a checkpoint cannot",
-            expected="tensors by name, each dense and on one device",
-            found="; ".join(problems),
-            fix="leave these out, or convert them",
-        )
-    if on_meta:
-        raise SaveError(
-            f"{len(on_meta)} tensors are on the meta device and have no values to save",
-            expected="tensors with values",
-            found=", ".join(on_meta),
-            fix="load or initialise them first",
-        )
-    return tensors
-
-
-def _problem(key: object, value: object) -> str | None:
-    """Why this cannot be saved; None if it can."""
-    if not isinstance(key, str):
-        return "is no text, as a name must be"
-    if not isinstance(value, torch.Tensor):
-        return f"is no tensor but {type(value).__name__}"
-    if _is_wrapper(value):
-        return f"is of {type(value).__name__}, which stands for tensors elsewhere (a DTensor has full_tensor())"
-    if value.is_quantized:
-        return "is quantised (dequantize() makes a plain tensor)"
-    if value.layout != torch.strided or value.is_nested:
-        return "is sparse or nested (to_dense() makes a plain tensor)"
-    try:
-        dtypes.from_torch(value.dtype)
-    except UnknownDtypeError:
-        return f"is of {value.dtype}, which no checkpoint format holds"
-    if not value.is_meta and byte_span(value)[1] > value.untyped_storage().nbytes():
-        return "has no memory (it was released; FSDP gathers parameters with summon_full_params)"
-    return None
-
-
-def _is_wrapper(value: torch.Tensor) -> bool:
-    return is_traceable_wrapper_subclass(value)
-
-
 def _encoded(texts: Mapping[str, str | bytes], variant: str | None) -> dict[str, bytes]:
     """The small files as bytes, under names that no other file of the checkpoint can have."""
     for name in texts:
@@ -319,15 +386,6 @@ def _encoded(texts: Mapping[str, str | bytes], variant: str | None) -> dict[str,
         return {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
     except UnicodeEncodeError as error:
         raise OptionError("the text of a file is not Unicode", found=str(error)) from None
-
-
-def checked_metadata(metadata: Mapping[str, object]) -> dict[str, str]:
-    """The text by name. OptionError if it is something else."""
-    texts = {name: text for name, text in metadata.items() if isinstance(name, str) and isinstance(text, str)}
-    if len(texts) != len(metadata):
-        others = [repr(item) for item in metadata.items() if item[0] not in texts]
-        raise OptionError("metadata is text by name", expected="str for each str", found=", ".join(others))
-    return texts
 
 
 def _is_weights(name: str, variant: str | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fastload.distributed.detection import are_laid_out, is_first_rank
 from fastload.errors import SaveError
 from fastload.options import Durability
 from fastload.saver import SaveReport, save_checkpoint
@@ -44,7 +45,8 @@ def save_model(
         module: the module.
         folder: made if need be, with its parents.
         state_dict: tensors to save in place of the module's own.
-        is_main_process: False does nothing, for all ranks but one of a distributed program.
+        is_main_process: False does nothing, for all ranks but one of a distributed program. With DTensors every rank
+            has to call, and takes part whatever this is.
         max_shard_size, safe_serialization, metadata, variant, durability, incremental: as for `save_state_dict`.
         push_to_hub: the repository to upload to afterwards, made if need be.
         token: for the hub.
@@ -56,9 +58,10 @@ def save_model(
         OptionError: something in the state dict cannot be saved.
         SaveError: tensors are on the meta device and nothing is known to load them, or the operating system refused.
     """
-    if not is_main_process:
-        return None
     tensors = dict(module.state_dict() if state_dict is None else state_dict)
+    is_together = are_laid_out(tensors.values())
+    if not (is_main_process or is_together):
+        return None
     deferred = {
         key: load
         for key, tensor in tensors.items()
@@ -75,7 +78,7 @@ def save_model(
         durability=durability,
         incremental=incremental,
     )
-    if push_to_hub is not None:
+    if push_to_hub is not None and (not is_together or is_first_rank()):
         upload(os.fspath(folder), (*report.files, *report.kept), push_to_hub, token=token)
     return report
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import accumulate, islice
 from typing import IO, Protocol, TypeAlias, cast
 
 import torch
@@ -29,7 +29,7 @@ from fastload.storage.sharing import Cluster, find_clusters, identity, rehouse
 from fastload.storage.unloading import unload
 from fastload.storage.writing import FileWriter, TorchSaveTarget, tensor_bytes
 
-__all__ = ["Shard", "Stored", "as_bin", "as_safetensors"]
+__all__ = ["SafetensorsShard", "Shard", "Stored", "as_bin", "as_safetensors"]
 
 Deferred: TypeAlias = Mapping[str, Callable[[], torch.Tensor]]
 
@@ -72,6 +72,7 @@ def as_safetensors(
     metadata: Mapping[str, str],
     deferred: Deferred,
     devices: Devices = device_for,
+    memories: Mapping[str, Hashable] | None = None,
 ) -> Stored:
     """Tensors that are the same memory are stored under one name.
 
@@ -84,12 +85,13 @@ def as_safetensors(
         metadata: text to store beside ``{"format": "pt"}``.
         deferred: key of a tensor on the meta device -> what loads it.
         devices: the device of a name, for tensors that are copied out by `unload`.
+        memories: key -> what is equal for tensors that are the same memory, where that is not seen from the tensors.
     """
     # The place of the checksums is taken, so that no tied name is noted there.
     metadata = {"format": "pt", **metadata, CHECKSUMS: ""}
     groups: dict[Hashable, list[str]] = defaultdict(list)
     for key, tensor in tensors.items():
-        groups[identity(tensor) or key].append(key)
+        groups[(identity(tensor) if memories is None else memories[key]) or key].append(key)
     dropped: dict[str, str] = {}
     for keys in groups.values():
         kept = next((key for key in keys if tied.get(key) not in keys), keys[0])
@@ -100,7 +102,7 @@ def as_safetensors(
     def prepare(keys: Sequence[str]) -> Shard:
         here = set(keys)
         notes = {key: kept for key, kept in dropped.items() if kept in here}
-        return _SafetensorsShard.of({key: stored[key] for key in keys}, {**metadata, **notes}, deferred, devices)
+        return SafetensorsShard.of({key: stored[key] for key in keys}, {**metadata, **notes}, deferred, devices)
 
     return Stored(
         sizes={key: tensor.numel() * tensor.element_size() for key, tensor in stored.items()},
@@ -134,7 +136,7 @@ def as_bin(tensors: Mapping[str, torch.Tensor], deferred: Deferred) -> Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class _SafetensorsShard:
+class SafetensorsShard:
     """A safetensors file.
 
     Attributes:
@@ -152,7 +154,7 @@ class _SafetensorsShard:
     @classmethod
     def of(
         cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], deferred: Deferred, devices: Devices
-    ) -> _SafetensorsShard:
+    ) -> SafetensorsShard:
         entries = [(key, dtypes.from_torch(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
         blank = blank_checksums(_n_bytes(tensor) for tensor in tensors.values())
         header, offsets = encode_header(entries, {**metadata, CHECKSUMS: blank})
@@ -160,6 +162,12 @@ class _SafetensorsShard:
         found = {key: None if key in deferred else device_of(tensors[key].device) for key in offsets}
         on_device = {key: device for key, device in found.items() if device is not None}
         return cls(header, {key: tensors[key] for key in offsets}, deferred, on_device)
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where in the file each tensor begins, ascending."""
+        ends = accumulate(map(_n_bytes, self.tensors.values()), initial=len(self.header))
+        return dict(zip(self.tensors, ends, strict=False))
 
     def write(self, writer: FileWriter) -> str:
         late = [key for key, tensor in self.tensors.items() if not self._is_at_hand(key, tensor)]

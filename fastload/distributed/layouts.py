@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fastload.errors import OptionError
 from fastload.plan.boxes import Box, Joined, Split, box_of, joined_of
 
-__all__ = ["boxes_of", "device_on", "like", "local", "mesh_device", "parts_of"]
+__all__ = ["boxes_of", "device_on", "like", "local", "mesh_device", "part_of", "parts_of"]
 
 Part = TypeVar("Part", Box, Joined)
 
@@ -41,7 +41,7 @@ def boxes_of(modules: Mapping[str, nn.Module]) -> dict[str, Box]:
 
 def parts_of(modules: Mapping[str, nn.Module]) -> dict[str, Box | Joined]:
     """As `boxes_of`, and boxes side by side of those that are split by groups, as packed projections are."""
-    return {fqn: _part(fqn, tensor) for fqn, tensor in _dtensors(modules)}
+    return {fqn: part_of(fqn, tensor) for fqn, tensor in _dtensors(modules)}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,8 +81,16 @@ def _dtensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, DTensor]]
                     yield f"{prefix}.{name}" if prefix else name, tensor
 
 
-def _part(fqn: str, tensor: DTensor) -> Box | Joined:
-    """The splits of a DTensor, in the order in which they were made, and what they leave."""
+def part_of(fqn: str, tensor: DTensor) -> Box | Joined:
+    """The part of a DTensor that is on this rank: what its splits leave, in the order in which they were made.
+
+    Args:
+        fqn: its name, for the error.
+        tensor: the DTensor.
+
+    Raises:
+        OptionError: as for `boxes_of`.
+    """
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:

@@ -239,7 +239,8 @@ class PretrainedLoading:
             safe_serialization: True for safetensors, False for .bin.
             variant: the ``fp16`` of ``model.fp16.safetensors``.
             state_dict: tensors to save in place of the model's own.
-            is_main_process: False does nothing, for all ranks but one of a distributed program.
+            is_main_process: False does nothing, for all ranks but one of a distributed program. With DTensors every
+                rank has to call, and takes part whatever this is.
             durability: "none", "data" or "full": what of it shall outlive a power failure (see ``save_state_dict``).
             incremental: keep shards of the folder's earlier save that have the same tensors (see ``save_state_dict``).
             push_to_hub: upload what was written afterwards, in one commit.
@@ -249,25 +250,29 @@ class PretrainedLoading:
         Returns:
             What was written; None if this is not the main process.
         """
-        if not is_main_process:
-            return None
+        from fastload.distributed.detection import are_laid_out, is_first_rank
         from fastload.saver import save_checkpoint
 
         model: Any = self
+        tensors = model.state_dict() if state_dict is None else state_dict
+        is_together = are_laid_out(tensors.values())
+        if not (is_main_process or is_together):
+            return None
         self.config.architectures = [type(self).__name__]
         self.config.dtype = model.dtype
         report = save_checkpoint(
-            self._as_in_files(model.state_dict() if state_dict is None else state_dict),
+            tensors,
             save_directory,
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
             variant=variant,
             extra_files={"config.json": self.config.to_json_string(), **self._companions()},
             tied=self._tied_names(),
+            in_files=self._as_in_files,
             durability=durability,
             incremental=incremental,
         )
-        if push_to_hub:
+        if push_to_hub and (not is_together or is_first_rank()):
             from fastload.sources.hub import upload
 
             upload(

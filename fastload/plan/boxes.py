@@ -22,6 +22,7 @@ __all__ = [
     "Split",
     "box_in",
     "box_of",
+    "box_of_view",
     "inside",
     "joined_of",
     "narrow",
@@ -104,6 +105,45 @@ def box_in(whole: TensorSpec, part: TensorSpec) -> Box:
         offset.append(left // step)
         left %= step
     return Box(tuple(offset), part.shape)
+
+
+def box_of_view(
+    shape: tuple[int, ...], box: Box, view_shape: tuple[int, ...], view: StorageView
+) -> tuple[Box, Box, tuple[int | None, ...]] | None:
+    """What a view of a tensor has of a box of that tensor.
+
+    Args:
+        shape: of the tensor, which is contiguous.
+        box: the part of it.
+        view_shape: of the view.
+        view: where in the tensor's elements it begins, and its strides.
+
+    Returns:
+        The box of the view; the same elements as a box of the tensor; and for each dimension of the view the one of the
+        tensor that it runs along, None where it has one element. None for a view that is no box of the tensor.
+    """
+    if shape and not view_shape:
+        return None  # a single element, of which a rank may have none: no box says that
+    steps = contiguous_stride(shape)
+    dim_of = {step: dim for dim, (step, size) in enumerate(zip(steps, shape, strict=True)) if size > 1}
+    dims = [dim_of.get(step) if size > 1 else None for size, step in zip(view_shape, view.stride, strict=True)]
+    along = [dim for dim in dims if dim is not None]
+    if len(along) != len({*along}) or len(along) != sum(size > 1 for size in view_shape):
+        return None
+    begins = [view.offset // step % max(size, 1) for step, size in zip(steps, shape, strict=True)]
+    sizes = {dim: size for dim, size in zip(dims, view_shape, strict=True) if dim is not None}
+    firsts, n_found = [], []
+    for dim, (begin, first, n) in enumerate(zip(begins, box.offset, box.shape, strict=True)):
+        end = begin + sizes.get(dim, 1)
+        if end > shape[dim]:
+            return None
+        firsts.append(max(begin, first))
+        n_found.append(max(0, min(end, first + n) - firsts[-1]))
+    if not all(n_found):
+        n_found = [0] * len(shape)
+    offset = tuple(0 if dim is None else firsts[dim] - begins[dim] for dim in dims)
+    size = tuple(int(all(n_found)) if dim is None else n_found[dim] for dim in dims)
+    return Box(offset, size), Box(tuple(firsts), tuple(n_found)), tuple(dims)
 
 
 def narrow(spec: TensorSpec, box: Box) -> TensorSpec:

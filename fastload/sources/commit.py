@@ -81,12 +81,45 @@ class FolderCommit:
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[FileWriter]:
         """A new file of the checkpoint to write, complete when the context is left."""
-        self._temporaries[name] = f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
-        path = os.path.join(self.folder, name)
+        with self._writer(name, self._create(name)) as writer:
+            yield writer
+
+    def reserve(self, name: str, n_bytes: int) -> str:
+        """A new file of the checkpoint for several processes to write: its temporary name in the folder.
+
+        It is complete when ``finish`` was left, and all of them have written, synced and closed it before.
+        """
+        descriptor = self._create(name)
         try:
-            # 0666 less the umask, as for any file; tempfile would make it 0600.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            descriptor = os.open(self._path_of_temporary(name), flags, 0o666)
+            os.ftruncate(descriptor, n_bytes)
+        except OSError as error:
+            raise save_error(os.path.join(self.folder, name), error) from error
+        finally:
+            os.close(descriptor)
+        return self._temporaries[name]
+
+    @contextlib.contextmanager
+    def finish(self, name: str) -> Iterator[FileWriter]:
+        """A file that was reserved, to write again from its beginning."""
+        try:
+            descriptor = os.open(self._path_of_temporary(name), os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise save_error(os.path.join(self.folder, name), error) from error
+        with self._writer(name, descriptor) as writer:
+            yield writer
+
+    def _create(self, name: str) -> int:
+        self._temporaries[name] = f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
+        # 0666 less the umask, as for any file; tempfile would make it 0600.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return os.open(self._path_of_temporary(name), flags, 0o666)
+        except OSError as error:
+            raise save_error(os.path.join(self.folder, name), error) from error
+
+    @contextlib.contextmanager
+    def _writer(self, name: str, descriptor: int) -> Iterator[FileWriter]:
+        try:
             with FileWriter(descriptor, self._progress) as writer:
                 yield writer
                 writer.flush()
@@ -95,7 +128,7 @@ class FolderCommit:
         except SaveError:
             raise
         except OSError as error:
-            raise save_error(path, error) from error
+            raise save_error(os.path.join(self.folder, name), error) from error
 
     def keep(self, name: str) -> None:
         """Have a file of the old checkpoint be one of the new, as durable as the others."""

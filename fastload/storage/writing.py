@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["FileWriter", "TorchSaveTarget", "tensor_bytes"]
+__all__ = ["FileWriter", "RegionWriter", "TorchSaveTarget", "tensor_bytes"]
 
 # Below this, a copy costs less than a system call.
 _SMALL_BYTES = 64 << 10
@@ -65,13 +65,7 @@ class FileWriter:
             n_written = os.writev(self._descriptor, chunk)
             if self._progress is not None:
                 self._progress(n_written)
-            while n_written:
-                first = buffers[0]
-                if n_written < first.nbytes:
-                    buffers[0] = first[n_written:]
-                    break
-                n_written -= first.nbytes
-                del buffers[0]
+            _drop_beginning(buffers, n_written)
 
     def write_again(self, beginning: bytes) -> None:
         """Replace the first bytes of the file by as many others. Raises OSError."""
@@ -92,6 +86,67 @@ class FileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+class RegionWriter:
+    """Regions of a file that other processes write to as well; those that follow each other go in one call.
+
+    The file has all bytes only once ``flush`` was called; leaving it as a context manager closes it.
+
+    Args:
+        descriptor: the file, open for writing; closed with the writer.
+        progress: called with the number of bytes whenever some were written.
+    """
+
+    def __init__(self, descriptor: int, progress: Callable[[int], None] | None = None) -> None:
+        self._descriptor = descriptor
+        self._progress = progress
+        self._pending: list[memoryview] = []
+        self._begin = self._end = 0
+
+    def write_at(self, offset_bytes: int, data: memoryview) -> None:
+        """Take bytes for a place of the file; their memory stays as it is until ``flush``. Raises OSError."""
+        if offset_bytes != self._end or len(self._pending) >= _BATCH_BUFFERS:
+            self.flush()
+            self._begin = self._end = offset_bytes
+        self._pending.append(data)
+        self._end += data.nbytes
+        if self._end - self._begin >= _BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the operating system. Raises OSError."""
+        buffers, self._pending = self._pending, []
+        while buffers:
+            n_written = os.pwritev(self._descriptor, _beginning(buffers, _CHUNK_BYTES), self._begin)
+            self._begin += n_written
+            if self._progress is not None:
+                self._progress(n_written)
+            _drop_beginning(buffers, n_written)
+
+    def sync(self) -> None:
+        """Have the file on the disk. Raises OSError."""
+        self.flush()
+        os.fsync(self._descriptor)
+
+    def __enter__(self) -> RegionWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+def _drop_beginning(buffers: list[memoryview], n_bytes: int) -> None:
+    """Take the first bytes away from buffers."""
+    while n_bytes:
+        first = buffers[0]
+        if n_bytes < first.nbytes:
+            buffers[0] = first[n_bytes:]
+            break
+        n_bytes -= first.nbytes
+        del buffers[0]
 
 
 def _beginning(buffers: Sequence[memoryview], n_bytes: int) -> list[memoryview]:
