@@ -88,7 +88,7 @@ def place_on_devices(
     """
     rows = _by_device(plan.all_rows, staging, existing)
     if not rows:
-        return plan, {}, ()
+        return plan, {}, _notes_of_unstaged(plan, staging)
     total_bytes = sum(_n_file_bytes(row) for _, of_device in rows.values() for row in of_device)
     placed: dict[str, torch.Tensor] = {}
     with Progress(title, total_bytes) as progress, ExitStack() as transfers:
@@ -111,7 +111,7 @@ def place_on_devices(
         rows=tuple(row for row in plan.rows if row.fqn not in placed),
         fused=tuple(row for row in plan.fused if row.fqn not in placed),
     )
-    return left, placed, tuple(transfer.note for transfer in under_way)
+    return left, placed, (*(transfer.note for transfer in under_way), *_notes_of_unstaged(left, staging))
 
 
 def stage(
@@ -246,6 +246,17 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     n_bytes, begin = tensor.numel() * tensor.itemsize, tensor.storage_offset() * tensor.itemsize
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return empty.set_(tensor.detach().untyped_storage(), begin, (n_bytes,), (1,))
+
+
+def _notes_of_unstaged(left: LoadPlan, staging: Staging) -> tuple[str, ...]:
+    """What was bound for accelerators and has to be made in the machine's memory first."""
+    devices = cache(staging.devices)
+    rows = [row for row in left.all_rows if row.action is Action.MOVE and devices(row.device) is not None]
+    if not rows:
+        return ()
+    n_bytes = sum(_n_file_bytes(row) for row in rows)
+    what = f"{len(rows)} tensors ({format_bytes(n_bytes)})"
+    return (f"{what} are made in memory first: encoded, strided, or of a type that no device converts",)
 
 
 def _n_file_bytes(row: Row) -> int:

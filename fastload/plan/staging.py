@@ -162,11 +162,24 @@ def can_be_staged(row: PlanRow | FusedRow) -> bool:
     specs = [piece.spec for piece in row.spec.pieces] if isinstance(row, FusedRow) else [row.spec]
     if any(spec.region.encoding is not None for spec in specs):
         return False
-    # Views of a file's storages keep sharing it; a rank's part shares nothing.
     is_part = isinstance(row, FusedRow) or row.action is Action.SLICE
-    if any(spec.view is not None and not (is_part and _has_long_rows(spec)) for spec in specs):
+    if any(_raw(spec).view is not None and not (is_part and _has_long_rows(spec)) for spec in specs):
         return False
     return all(spec.dtype is row.dtype or (spec.dtype.castable and row.dtype.castable) for spec in specs)
+
+
+def _raw(spec: TensorSpec) -> TensorSpec:
+    """A view of a larger storage, such as `.bin` files have, as a tensor of its own bytes where these follow each other.
+
+    All others are as they were.
+    """
+    if spec.view is None or spec.region.encoding is not None:
+        return spec
+    expected = contiguous_stride(spec.shape)
+    if any(size > 1 and one != other for size, one, other in zip(spec.shape, spec.view.stride, expected, strict=True)):
+        return spec
+    offset_bytes = spec.region.offset_bytes + spec.view.offset * spec.dtype.itemsize
+    return spec._replace(region=Region(spec.region.file, offset_bytes, spec.n_bytes), view=None)
 
 
 def wanted_of(
@@ -186,9 +199,9 @@ def wanted_of(
         group, given = group_of(row.fqn), is_given(row)
         at: tuple[object, ...] = (row.fqn,)
         if isinstance(row, FusedRow):
-            pieces = tuple(part for piece in row.spec.pieces for part in _rows_of(piece))
+            pieces = tuple(part for one in row.spec.pieces for part in _rows_of(one._replace(spec=_raw(one.spec))))
         else:
-            spec = row.spec
+            spec = _raw(row.spec)
             pieces = tuple(_rows_of(Piece(spec, 0, contiguous_stride(spec.shape))))
             if not given and spec.region.n_bytes and spec.view is None:
                 at = (spec.region, spec.dtype, row.dtype, spec.shape)
@@ -365,7 +378,8 @@ class _OpenChunk:
             return None
         read = self.reads[-1]
         end = read.offset_bytes + read.n_bytes
-        if copy.offset_bytes > end + limits.gap_bytes:
+        # Views of one storage may overlap: then one begins before the place where the chunk before was full.
+        if not read.offset_bytes <= copy.offset_bytes <= end + limits.gap_bytes:
             return None
         at = read.at_bytes + copy.offset_bytes - read.offset_bytes
         n_bytes = _fitting(copy, limits.chunk_bytes - at, limits)

@@ -72,12 +72,13 @@ def test_tensors_of_several_files(tmp_path: Path, staging_to: StagingTo) -> None
 
 def test_tied_tensors_arrive_once_and_what_is_no_run_of_bytes_is_left(tmp_path: Path, staging_to: StagingTo) -> None:
     base = torch.randn(64, 64)
-    tensors = {"whole": base, "tied": base, "turned": base.t(), "row": base[3], "other": torch.randn(5)}
+    tensors = {"whole": base, "tied": base, "turned": base.t(), "column": base[:, 3], "other": torch.randn(5)}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     checkpoint, device = open_checkpoint(tmp_path), CountingDevice()
     plan = plan_state_dict(checkpoint.specs, dtype=None, device="cuda:0")
-    left, found, _ = place_on_devices(plan, staging_to(device), {})
-    assert {row.fqn for row in left.rows} == {"turned", "row"}
+    left, found, notes = place_on_devices(plan, staging_to(device), {})
+    assert {row.fqn for row in left.rows} == {"turned", "column"}
+    assert notes[-1].startswith("2 tensors (32.8 kB) are made in memory first")
     assert found["whole"].data_ptr() == found["tied"].data_ptr()
     assert_same(found, {key: tensors[key] for key in ("whole", "tied", "other")})
 
@@ -90,7 +91,25 @@ def test_compressed_and_big_endian_tensors_are_left(tmp_path: Path, staging_to: 
         for name, data in contents.items():
             archive.writestr(name, data)
     plan = plan_state_dict(open_checkpoint(tmp_path).specs, dtype=None, device="cuda:0")
-    assert place_on_devices(plan, staging_to(CountingDevice()), {}) == (plan, {}, ())
+    left, found, notes = place_on_devices(plan, staging_to(CountingDevice()), {})
+    assert (left, found) == (plan, {})
+    assert notes[0].startswith("1 tensors (32 B) are made in memory first")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_views_of_a_storage_are_staged_by_their_own_bytes(
+    tmp_path: Path, staging_to: StagingTo, dtype: str | None
+) -> None:
+    base = torch.randn(300, 300)  # more than a chunk
+    views = {"row": base[7], "rows": base[100:250], "all but one": base.reshape(-1)[1:], "one": base[3:4, :40]}
+    torch.save({"whole": base} | views, tmp_path / "pytorch_model.bin")
+    checkpoint, device = open_checkpoint(tmp_path), CountingDevice()
+    plan = plan_state_dict(checkpoint.specs, dtype=parse_dtype(dtype), device="cuda:0")
+    left, found, _ = place_on_devices(plan, staging_to(device), {})
+    assert not left.rows
+    assert_same(found, fastload.load_state_dict(tmp_path, dtype=dtype))
+    assert found["row"].untyped_storage().nbytes() < base.nbytes // 2
+
 
 
 def test_eight_bit_floats_and_complex_numbers(tmp_path: Path, staging_to: StagingTo) -> None:
