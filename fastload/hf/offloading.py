@@ -1,10 +1,15 @@
-"""What a device map leaves on disk: read from the original files whenever a forward needs it.
+"""What a device map leaves on disk, or on the CPU beside an accelerator: read from the files when a forward needs it.
 
 The hooks of accelerate ask a map of weights for a module's parameters before its forward, and forget them after it.
 transformers gives them a map that opens a file anew for every parameter of every forward, and before that saves once
 more whatever is not in a safetensors file as the model needs it. Here the map is the plan itself: a row is carried out
 when it is asked for. A tensor that needs no change is a view of its file, which is mapped once; one that is fused or
-converted is made for the forward, and dies after it.
+converted is made for the forward, and dies after it. The hooks themselves are replaced (`fastload.hf.hooks`) by some
+that bring a block while the one before computes.
+
+What lies on the CPU beside an accelerator is left in the files too, and comes through pinned memory from the page
+cache: a copy in memory would not bring it there any faster. It is read into memory where the files come over a network,
+and what is no run of bytes in a file is made there once.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from transformers.integrations.accelerate import expand_device_map
@@ -28,13 +33,25 @@ from fastload.formats.specs import TensorSpec
 from fastload.hf.planning import WeightPlan
 from fastload.hf.renaming import Source
 from fastload.placement.cpu import place
+from fastload.placement.device import Staging
 from fastload.placement.fused import place_fused, remap
 from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
+from fastload.plan.slots import walk_modules
+from fastload.plan.staging import can_be_staged
+from fastload.storage.devices import Devices
 from fastload.storage.mapping import MappedFile, open_unchanged
+from fastload.storage.residency import file_system
 from fastload.storage.slabs import Slab
+from fastload.streaming.ahead import Ahead
+from fastload.streaming.blocks import find_units
+from fastload.streaming.pages import extents_of
+from fastload.streaming.reading import Descriptors
 
-__all__ = ["Convert", "DiskWeights", "OpenFile", "names_on_disk", "split_plan", "uses_disk", "without_file"]
+if TYPE_CHECKING:
+    from fastload.hf.hooks import Passing
+
+__all__ = ["Convert", "DiskWeights", "Left", "OpenFile", "names_left", "split_plan", "without_file"]
 
 OpenFile = Callable[[str], MappedFile]
 Convert = Callable[[Source, OpenFile], Mapping[str, torch.Tensor]]
@@ -46,38 +63,65 @@ _WITHOUT_FILE = {Action.REMAP: Action.GATHER, Action.CAST: Action.MOVE}
 _DESCRIPTORS = "/proc/self/fd"
 
 
-def uses_disk(asked: Any) -> bool:
-    """Whether the device map of a LoadStateDictConfig leaves anything on disk."""
-    return "disk" in map(str, (asked.device_map or {}).values())
-
-
-def names_on_disk(model: Any, wanted: Mapping[str, Any], asked: Any) -> frozenset[str]:
+class Left(NamedTuple):
     """The tensors that get no memory.
 
-    Those that the device map means, but for one that is tied to a tensor in memory: it is that tensor.
+    Attributes:
+        on_disk: the device map means them for disk.
+        passing: it means them for the CPU, and there is an accelerator beside it.
+    """
+
+    on_disk: frozenset[str]
+    passing: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return self.on_disk | self.passing
+
+    def __bool__(self) -> bool:
+        return bool(self.on_disk or self.passing)
+
+
+def names_left(
+    model: Any, wanted: Mapping[str, Any], asked: Any, checkpoint: Checkpoint | None, devices: Devices
+) -> Left:
+    """The tensors that a device map leaves out of memory, but for one that is tied to a tensor in memory: it is that.
 
     Args:
         model: the model, built.
         wanted: its state dict.
         asked: transformers' LoadStateDictConfig.
+        checkpoint: the files; None for a state dict in memory.
+        devices: the accelerator of a name.
     """
-    meant = _meant_for_disk(model, wanted, asked)
     ties: dict[str, set[str]] = defaultdict(set)
-    for target, source in model.all_tied_weights_keys.items() if meant else ():
+    for target, source in model.all_tied_weights_keys.items():
         ties[source] |= {target, source}
-    return meant.difference(*(tied for tied in ties.values() if not tied <= meant))
+
+    def of(device: str) -> frozenset[str]:
+        meant = _meant_for(device, model, wanted, asked)
+        return meant.difference(*(tied for tied in ties.values() if not tied <= meant)) if meant else meant
+
+    is_passing = checkpoint is not None and _has_accelerator(asked, devices) and not _is_remote(checkpoint)
+    return Left(of("disk"), of("cpu") if is_passing else frozenset())
 
 
-def split_plan(weights: WeightPlan, on_disk: frozenset[str]) -> tuple[WeightPlan, list[PlanRow | FusedRow]]:
-    """The plan without the rows of tensors that stay on disk, and these rows. Conversions stay in the plan."""
-    if not on_disk:
-        return weights, []
+def split_plan(weights: WeightPlan, left: Left) -> tuple[WeightPlan, list[PlanRow | FusedRow], Left]:
+    """The plan without the rows of tensors that are left, and these rows. Conversions stay in the plan.
+
+    What is to come from the CPU and cannot come as it lies in the files is not left, but made in memory once.
+    """
+    if not left:
+        return weights, [], left
     plan = weights.plan
-    left: list[PlanRow | FusedRow] = [row for row in plan.rows if row.fqn in on_disk]
-    left += [row for row in plan.fused if row.fqn in on_disk]
-    rows = tuple(row for row in plan.rows if row.fqn not in on_disk)
-    fused = tuple(row for row in plan.fused if row.fqn not in on_disk)
-    return replace(weights, plan=replace(plan, rows=rows, fused=fused)), left
+    passing = {row.fqn for row in plan.all_rows if row.fqn in left.passing and can_be_staged(row)}
+    left = left._replace(passing=frozenset(passing))
+    names = left.names
+    apart = [row for row in plan.all_rows if row.fqn in names]
+    rows = tuple(row for row in plan.rows if row.fqn not in names)
+    fused = tuple(row for row in plan.fused if row.fqn not in names)
+    return replace(weights, plan=replace(plan, rows=rows, fused=fused)), apart, left
 
 
 _Row = TypeVar("_Row", PlanRow, FusedRow, PlanRow | FusedRow)
@@ -103,6 +147,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         specs: the files' tensors by key.
         files: the checkpoint; or what opens "the file" of a state dict in memory.
         convert: runs these operations.
+        staging: how rows reach accelerators.
     """
 
     def __init__(
@@ -112,8 +157,11 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         specs: Mapping[str, TensorSpec],
         files: Checkpoint | OpenFile,
         convert: Convert,
+        staging: Staging,
     ) -> None:
         self._rows: dict[str, PlanRow | FusedRow] = {row.fqn: row for row in rows}
+        self._rows_of_files = dict(self._rows) if isinstance(files, Checkpoint) else {}
+        self._staging = staging
         self._sources = dict(sources)
         self._convert = convert
         self._device = torch.device("cpu")
@@ -128,6 +176,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         self._real_name: dict[str, str] = {}
         if isinstance(files, Checkpoint):
             self._open_file: OpenFile = self._files.__getitem__
+            self._held = Descriptors(_files_of(self._rows.values()), files.held_path)
             keys = [key for source in sources.values() for matched in source.keys.values() for key in matched]
             self._hold([specs[key] for key in keys], files)
         else:
@@ -137,7 +186,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
     @property
     def notes(self) -> tuple[str, ...]:
         """For the report of the load."""
-        return (f"{len(self)} tensors stay on disk: a forward reads them from the files",)
+        return (f"{len(self)} tensors stay in the files: a forward brings them, a block while the one before computes",)
 
     def keep(self, model: Any, asked: Any) -> None:
         """Keep in memory what is meant for disk and in no file, now that the load has given it values.
@@ -146,10 +195,12 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         """
         state = model.state_dict(keep_vars=True)
         name_of = {id(state[name]): name for name in (*self._rows, *self._sources)}
-        for name in _meant_for_disk(model, state, asked).difference(self._rows, self._sources):
+        on_disk = _meant_for("disk", model, state, asked)
+        for name in (on_disk | _meant_for("cpu", model, state, asked)).difference(self._rows, self._sources):
             if not state[name].is_meta:
-                self._in_memory[name] = state[name].detach()
-                self.index[name] = {}
+                if name in on_disk:
+                    self._in_memory[name] = state[name].detach()
+                    self.index[name] = {}
             elif id(state[name]) in name_of:
                 self._same_as[name] = name_of[id(state[name])]
                 self.index[name] = self.index[self._same_as[name]]
@@ -157,18 +208,45 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         self._map_apart()
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Have the hooks of a dispatched model ask here: they share one loader, which asks its state dict first."""
-        found = [getattr(module, "_hf_hook", None) for module in model.modules()]
-        hooks = [single for hook in found for single in getattr(hook, "hooks", (hook,))]
-        devices = {torch.device(getattr(hook, "execution_device", None) or "cpu").type for hook in hooks}
-        self._is_sent_on = devices != {"cpu"}
-        loaders = [getattr(getattr(hook, "weights_map", None), "dataset", None) for hook in hooks]
-        for loader in loaders:
-            if loader is not None:
-                self._in_memory |= loader.state_dict
-                self._device = torch.device(loader.device or "cpu")
-                loader.state_dict = self
-                return
+        """Have the hooks of a dispatched model ask here: they share one loader, which asks its state dict first.
+
+        Those that bring weights to a CPU, or to an accelerator that staging reaches, are replaced.
+        """
+        from fastload.hf.hooks import offloading_hooks, replace_hooks
+
+        found = dict(offloading_hooks(model))
+        if not found:
+            return
+        loader = next(iter(found.values())).hook.weights_map.dataset
+        self._in_memory |= {name: tensor for name, tensor in loader.state_dict.items() if not tensor.is_meta}
+        self._device = torch.device("cpu" if loader.device is None else loader.device)
+        loader.state_dict = self
+        self._is_sent_on = any(passing.device.type != "cpu" for passing in found.values())
+        rows = {prefix: self._rows_for(passing) for prefix, passing in found.items() if self._reaches(passing.device)}
+        if not self._rows_of_files or not rows:
+            return
+        units = find_units(walk_modules(model))
+        unit_of = {prefix: units.of_module[prefix] or prefix for prefix in rows}
+        of_unit: dict[str, list[PlanRow | FusedRow]] = {unit: [] for unit in unit_of.values()}
+        for prefix, unit in unit_of.items():
+            of_unit[unit] += rows[prefix]
+        ahead = Ahead(of_unit, self._staging, self._held)
+        replace_hooks(((prefix, unit, found[prefix]) for prefix, unit in unit_of.items()), ahead.take)
+
+    def _reaches(self, device: torch.device) -> bool:
+        return device == torch.device("cpu") or self._staging.devices(str(device)) is not None
+
+    def _rows_for(self, passing: Passing) -> list[PlanRow | FusedRow]:
+        """The rows of what a hook brings, bound for where it computes."""
+        device, rows = str(passing.device), []
+        for name in passing.names:
+            row = self._rows_of_files.get(self._same_as.get(name, name))
+            if row is not None:
+                is_staged = self._staging.devices(device) is not None
+                rows.append(
+                    row._replace(fqn=name, device=device, action=Action.MOVE) if is_staged else row._replace(fqn=name)
+                )
+        return rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._in_memory.get(name)
@@ -268,15 +346,29 @@ class DiskWeights(Mapping[str, torch.Tensor]):
             raise
 
 
-def _meant_for_disk(model: Any, names: Mapping[str, Any], asked: Any) -> frozenset[str]:
-    """What accelerate's hooks will ask for: buffers only if these are to be offloaded too."""
-    if not uses_disk(asked):
+def _has_accelerator(asked: Any, devices: Devices) -> bool:
+    """Whether a device map names an accelerator that staging reaches. OptionError if it is not there."""
+    named = {device for device in (asked.device_map or {}).values() if str(device) not in ("cpu", "disk")}
+    return any(devices(str(torch.device(device))) is not None for device in named)
+
+
+def _is_remote(checkpoint: Checkpoint) -> bool:
+    return any(file_system(file).is_network for file in checkpoint.files)
+
+
+def _meant_for(device: str, model: Any, names: Mapping[str, Any], asked: Any) -> frozenset[str]:
+    """What accelerate's hooks will ask for, of a device; buffers only if these are to be offloaded too."""
+    if device not in map(str, (asked.device_map or {}).values()):
         return frozenset()
     devices = expand_device_map(asked.device_map, list(names))
-    on_disk = {name for name, value in names.items() if devices[name] == "disk" and isinstance(value, torch.Tensor)}
+    meant = {name for name, value in names.items() if str(devices[name]) == device and isinstance(value, torch.Tensor)}
     if not asked.offload_buffers:
-        on_disk.difference_update(name for name, _ in model.named_buffers(remove_duplicate=False))
-    return frozenset(on_disk)
+        meant.difference_update(name for name, _ in model.named_buffers(remove_duplicate=False))
+    return frozenset(meant)
+
+
+def _files_of(rows: Iterable[PlanRow | FusedRow]) -> set[str]:
+    return {extent.file for row in rows for extent in extents_of(row)}
 
 
 def _index_entry(row: PlanRow | FusedRow, specs: Mapping[str, TensorSpec]) -> dict[str, str]:

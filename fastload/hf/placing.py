@@ -17,10 +17,11 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
+from fastload.dtypes import to_torch
 from fastload.errors import OptionError
 from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.specs import TensorSpec
-from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_on_disk, split_plan, uses_disk, without_file
+from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_left, split_plan, without_file
 from fastload.hf.planning import Part, WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
@@ -31,7 +32,7 @@ from fastload.placement.modules import give
 from fastload.placement.network import read_apart
 from fastload.placement.placing import place_all
 from fastload.plan.boxes import Joined
-from fastload.plan.rows import Action
+from fastload.plan.rows import Action, FusedRow, PlanRow
 from fastload.plan.slots import walk_modules
 from fastload.reports import LoadReport, Stopwatch
 from fastload.storage.devices import device_for
@@ -61,14 +62,12 @@ class _Done(NamedTuple):
         bytes_by_action: bytes in the files by what is done with them.
         sources: of what is converted and stays on disk.
         open_file: the way to open the files.
-        staging: the way to accelerators.
         notes: choices that were made.
     """
 
     bytes_by_action: dict[str, int]
     sources: dict[str, Source]
     open_file: OpenFile
-    staging: Staging
     notes: tuple[str, ...]
 
 
@@ -107,13 +106,17 @@ def place_weights(
     if verify:
         with clock("verify"):
             _verify(opened)
+    # What a caller gave as a state dict is in memory: there is nothing to be read.
+    staging = Staging(lambda name: None)
+    if opened.checkpoint is not None:
+        staging = Staging(device_for, how.pinned_bytes, path_of=opened.checkpoint.held_path)
     with clock("plan"):
         modules = walk_modules(model)
         wanted = _state_of(model, modules)
         transforms = asked.weight_mapping or []
         renamed = rename_keys(opened.specs, transforms, model, wanted)
-        on_disk = names_on_disk(model, wanted, asked)
-        dtype_of = dtype_finder(asked.dtype_plan or {}, wanted, as_built=on_disk)
+        left = names_left(model, wanted, asked, opened.checkpoint, staging.devices)
+        dtype_of = dtype_finder(asked.dtype_plan or {}, wanted, as_built=left.on_disk)
         device_of = _device_finder(asked.device_map, wanted)
         parts = _parts_of(modules, asked)
         weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of, parts)
@@ -122,18 +125,19 @@ def place_weights(
             specs = [row.spec for row in weights.plan.rows if row.action is not Action.SLICE]
             pieces = [piece.spec for row in weights.plan.fused for piece in row.spec.pieces]
             opened.checkpoint.read_ahead(specs + [spec for spec in pieces if spec.view is None])
-        weights, left = split_plan(weights, on_disk)
+        weights, rows_left, left = split_plan(weights, left)
         arrivals = Arrivals(modules, weights.plan, how, model.all_tied_weights_keys)
     info = _info(wanted, weights)
     info.unexpected_keys.update(opened.others)
     with clock("place"):
         convert = partial(_converted, model, opened.specs, info, dtype_of, device_of)
-        done = _place(modules, weights, opened, info, asked, convert, on_disk, arrivals, how.pinned_bytes, parts)
+        done = _place(modules, weights, opened, info, asked, convert, left.on_disk, arrivals, staging, parts)
         disk = None
-        if uses_disk(asked):
+        if left or "disk" in map(str, (asked.device_map or {}).values()):
             convert = partial(_converted, model, opened.specs, None, dtype_of, device_of)
             held = opened.open_file if opened.checkpoint is None else opened.checkpoint
-            disk = DiskWeights(left, done.sources, opened.specs, held, convert)
+            disk = DiskWeights(rows_left, done.sources, opened.specs, held, convert, staging)
+            _set_types(modules, rows_left)
             _mark(modules, disk, info)
         if asked.disable_mmap:
             detach(model)
@@ -142,7 +146,7 @@ def place_weights(
     n_tensors = len(opened.specs) - len(renamed.unexpected)
     report = _report(asked, opened, info, done, n_tensors, clock, before_bytes)
     remember_report(model, report if disk is None else replace(report, notes=(*report.notes, *disk.notes)))
-    return info, disk, partial(arrivals.begin, model, done.open_file, done.staging)
+    return info, disk, partial(arrivals.begin, model, done.open_file, staging)
 
 
 def _verify(opened: _Opened) -> None:
@@ -257,15 +261,11 @@ def _place(
     convert: Convert,
     on_disk: frozenset[str],
     arrivals: Arrivals,
-    pinned_bytes: int,
+    staging: Staging,
     parts: Mapping[str, Part],
 ) -> _Done:
     """Make all tensors and give them to the model."""
     plan, open_file = weights.plan, opened.open_file
-    # What a caller gave as a state dict is in memory: there is nothing to be read.
-    staging = Staging(lambda name: None)
-    if opened.checkpoint is not None:
-        staging = Staging(device_for, pinned_bytes, path_of=opened.checkpoint.held_path)
     if opened.checkpoint is not None and arrivals.reads_all:
         beside_a_device = has_staged_rows(plan, staging)
         plan, open_file = read_apart(plan, opened.checkpoint, beside_a_device=beside_a_device)
@@ -288,7 +288,7 @@ def _place(
     counts = plan.bytes_by_outcome(n_remapped_bytes)
     if weights.n_conversion_bytes:
         counts[Action.COPY.value] = counts.get(Action.COPY.value, 0) + weights.n_conversion_bytes
-    return _Done(counts, left, open_file, staging, placed.notes)
+    return _Done(counts, left, open_file, placed.notes)
 
 
 def _converted(
@@ -361,6 +361,17 @@ def _set(
             parameter = nn.Parameter(tensor, tensor.is_floating_point())
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             give(module, last, parameter)
+
+
+def _set_types(modules: Mapping[str, nn.Module], rows: Iterable[PlanRow | FusedRow]) -> None:
+    """Have what stays without memory say the type that it will have."""
+    for row in rows:
+        prefix, _, last = row.fqn.rpartition(".")
+        built = getattr(modules[prefix], last)
+        if built.dtype != to_torch(row.dtype):
+            empty = torch.empty_like(built, dtype=to_torch(row.dtype))
+            is_buffer = last in modules[prefix]._buffers
+            give(modules[prefix], last, empty if is_buffer else nn.Parameter(empty, empty.is_floating_point()))
 
 
 def _mark(modules: Mapping[str, nn.Module], names: Iterable[str], info: LoadStateDictInfo) -> None:

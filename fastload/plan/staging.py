@@ -169,10 +169,7 @@ def can_be_staged(row: PlanRow | FusedRow) -> bool:
 
 
 def _raw(spec: TensorSpec) -> TensorSpec:
-    """A view of a larger storage, such as `.bin` files have, as a tensor of its own bytes where these follow each other.
-
-    All others are as they were.
-    """
+    """A view of a larger storage as a tensor of its own bytes, where these follow each other. All others as they are."""
     if spec.view is None or spec.region.encoding is not None:
         return spec
     expected = contiguous_stride(spec.shape)

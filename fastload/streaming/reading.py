@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -79,10 +79,12 @@ class Descriptors:
     Args:
         files: to be opened now, so that they are read whatever their names mean later. UnreadableFileError if one
             cannot be.
+        path_of: file -> the path to open it by.
     """
 
-    def __init__(self, files: Iterable[str] = ()) -> None:
+    def __init__(self, files: Iterable[str] = (), path_of: Callable[[str], str] = str) -> None:
         self._descriptors: dict[str, int] = {}
+        self._path_of = path_of
         for file in files:
             with _named(file):
                 self.of(file)
@@ -90,8 +92,15 @@ class Descriptors:
     def of(self, file: str) -> int:
         """The descriptor of a path. Raises OSError."""
         if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[file] = os.open(self._path_of(file), os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[file]
+
+    def path_of(self, file: str) -> str:
+        """A path to a file that is open, for as long as this object lives: by its number it is that file, even if its
+        name is another's by now.
+        """
+        by_number = f"/proc/self/fd/{self._descriptors.get(file)}"
+        return by_number if os.path.exists(by_number) else file
 
     def opened_again(self, *, scattered: bool) -> Descriptors:
         """The same files with positions and readahead of their own. Raises OSError.
@@ -100,11 +109,8 @@ class Descriptors:
             scattered: as for `Reader`.
         """
         again = Descriptors()
-        for file, descriptor in self._descriptors.items():
-            # By its number it is the file that is open, even if its name is another's by now.
-            by_number = f"/proc/self/fd/{descriptor}"
-            path = by_number if os.path.exists(by_number) else file
-            opened = again._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        for file in self._descriptors:
+            opened = again._descriptors[file] = os.open(self.path_of(file), os.O_RDONLY | os.O_CLOEXEC)
             if scattered and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_RANDOM)
         return again

@@ -22,6 +22,7 @@ from fastload.errors import TruncatedFileError
 from fastload.storage.memory import private_bytes
 from tests.conftest import same_bytes
 from tests.hf.families import build, model_class, randomised
+from tests.hf.offloaded import assert_same_offload, load, logits, on_meta
 from tests.hf.saved import assert_same_tensors, weights
 from tests.hf.sides import assert_same_load, assert_same_models
 
@@ -35,36 +36,6 @@ ALL = {"": "disk"}
 LAST = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
 LAST |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
 FIRST = {name: "disk" if device == "cpu" else "cpu" for name, device in LAST.items()}
-
-
-def load(model_class: Any, folder: Path | None, **options: Any) -> Any:
-    with hf.enabled():
-        return model_class.from_pretrained(folder, **options)
-
-
-def logits(model: Any) -> torch.Tensor:
-    tokens = torch.arange(24).reshape(2, 12)
-    decoded = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=tokens, **decoded)[0]
-    return found
-
-
-def on_meta(model: Any) -> set[str]:
-    return {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-
-
-def assert_same_offload(kind: Any, folder: Path | None, offload: Path, **options: Any) -> Any:
-    """Both load the same, compute the same, twice, and lie the same afterwards. Returns fastload's model."""
-    stock = assert_same_load(kind, folder, offload_folder=offload, **options).model
-    # The other side of the comparison is given no folder.
-    loaded, expected = load(kind, folder, **options), kind.from_pretrained(folder, offload_folder=offload, **options)
-    assert stock is not None
-    assert_same_models(expected, loaded)
-    for _ in range(2):
-        assert same_bytes(logits(loaded), logits(expected))
-        assert_same_models(expected, loaded)
-    return loaded
 
 
 # The same as in transformers.

@@ -111,7 +111,6 @@ def test_views_of_a_storage_are_staged_by_their_own_bytes(
     assert found["row"].untyped_storage().nbytes() < base.nbytes // 2
 
 
-
 def test_eight_bit_floats_and_complex_numbers(tmp_path: Path, staging_to: StagingTo) -> None:
     bits = torch.arange(256, dtype=torch.uint8)
     tensors = {"e4": bits.view(torch.float8_e4m3fn), "e5": bits.clone().view(torch.float8_e5m2)}
