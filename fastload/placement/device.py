@@ -20,6 +20,7 @@ from fastload.reports import format_bytes
 from fastload.storage.devices import Device, Devices
 from fastload.storage.ring import Ring, pin_ahead
 from fastload.storage.staging import Transfer, typed
+from fastload.storage.windows import Windows
 
 __all__ = ["Staged", "Staging", "begin_pinning", "has_staged_rows", "place_on_devices", "stage", "stage_all"]
 
@@ -147,8 +148,13 @@ def stage(
             for name in one.names:
                 made = held[name] if one.is_given else typed(buffers[place.buffer], one.dtype, place[1], one.shape)
                 tensors[name] = made
+        # What may be pinned is for slots, or for half of them and for pages of files as they lie.
+        n_least = max(2, n_slots // 2)
+        most_bytes = staging.pinned_bytes - n_least * staging.limits.chunk_bytes
+        windows = Windows(device, plan.chunks, most_bytes, staging.path_of)
+        n_slots = n_least if windows.is_possible else n_slots
         ring = Ring(device, staging.limits.chunk_bytes, min(n_slots, len(plan.chunks)))
-        return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, advance, staging.path_of))
+        return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, windows, advance, staging.path_of))
 
 
 def stage_all(rows: Iterable[Row], staging: Staging, group_of: Callable[[str], int]) -> tuple[Staged, ...]:

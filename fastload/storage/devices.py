@@ -10,6 +10,7 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Protocol
 
@@ -21,8 +22,9 @@ from fastload.storage.memory import available_bytes
 
 __all__ = ["CopyStream", "CpuDevice", "CudaDevice", "Device", "Devices", "Event", "PinnedMemory", "device_for"]
 
-# Flags of cudaHostRegister (CUDA Runtime API, memory management): pinned for all devices of the process.
+# Flags of cudaHostRegister (CUDA Runtime API, memory management): pinned for all devices of the process; never written.
 _HOST_REGISTER_PORTABLE = 0x01
+_HOST_REGISTER_READ_ONLY = 0x08
 
 
 class Event(Protocol):
@@ -122,6 +124,15 @@ class Device(Protocol):
     def pin(self, n_bytes: int) -> PinnedMemory:
         """Host memory that this device copies from at full rate."""
 
+    def register(self, address: int, n_bytes: int) -> None:
+        """Have this device copy from memory that is there at full rate, as from what `pin` gives; it is only read.
+
+        It begins on a page, and stays mapped until `unregister`. Raises DeviceMemoryError if the driver refuses.
+        """
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`. No copy is under way."""
+
     def open_stream(self) -> CopyStream:
         """A stream whose copies come after what this thread has asked of the device, allocations included."""
 
@@ -203,16 +214,31 @@ class CudaDevice:
 
     def pin(self, n_bytes: int) -> PinnedMemory:
         memory = PinnedMemory(n_bytes, _unregister)
+        self._register(memory.address, n_bytes, _HOST_REGISTER_PORTABLE)
+        return memory
+
+    def register(self, address: int, n_bytes: int) -> None:
+        self._register(address, n_bytes, _HOST_REGISTER_PORTABLE | _HOST_REGISTER_READ_ONLY)
+
+    def unregister(self, address: int) -> None:
+        _unregister(address)
+
+    def _register(self, address: int, n_bytes: int, flags: int) -> None:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        code = int(runtime.cudaHostRegister(memory.address, n_bytes, _HOST_REGISTER_PORTABLE))
+        code = int(runtime.cudaHostRegister(address, n_bytes, flags))
         if code:
+            self._forget_error()
             raise DeviceMemoryError(
                 "the CUDA driver does not pin host memory",
                 expected=f"{format_bytes(n_bytes)} to be registered",
                 found=f"CUDA error {code}",
                 fix="free memory, or pass a smaller pinned_memory",
             )
-        return memory
+
+    def _forget_error(self) -> None:
+        """Have the runtime tell what went wrong now: it tells the next who launches a kernel on this thread."""
+        with suppress(RuntimeError):
+            torch.empty(1, dtype=torch.uint8, device=self._device).fill_(0)
 
     def open_stream(self) -> CopyStream:
         return _CudaStream(self._device)
@@ -244,8 +270,7 @@ class _CudaStream:
             destination.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        # A blocking event lets the waiting thread sleep.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread sleeps
         event.record(self._stream)
         return _CudaEvent(event)
 
@@ -282,6 +307,10 @@ class CpuDevice:
 
     def pin(self, n_bytes: int) -> PinnedMemory:
         return PinnedMemory(n_bytes)
+
+    def register(self, address: int, n_bytes: int) -> None: ...
+
+    def unregister(self, address: int) -> None: ...
 
     def open_stream(self) -> CopyStream:
         return CpuStream()

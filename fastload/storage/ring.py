@@ -12,8 +12,26 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from fastload.storage.devices import Device, Event, PinnedMemory
+from fastload.storage.windows import free_kept_windows, kept_window_bytes
 
-__all__ = ["Ring", "free_pinned_memory", "kept_pinned_bytes", "pin_ahead"]
+__all__ = ["Ring", "Turn", "free_pinned_memory", "kept_pinned_bytes", "pin_ahead"]
+
+
+class Turn(NamedTuple):
+    """The right to a slot of a ring: to one that is there, or to one that is pinned when it is asked for."""
+
+    slot: PinnedMemory | None
+
+
+class _AtOnce:
+    """An event of no copies."""
+
+    def wait(self) -> None:
+        """Nothing."""
+
+    def is_done(self) -> bool:
+        """Yes."""
+        return True
 
 
 class _Used(NamedTuple):
@@ -102,19 +120,19 @@ os.register_at_fork(after_in_child=_pool.forget)
 
 
 def free_pinned_memory() -> int:
-    """Give back the pinned host memory that loads to accelerators keep for the next one.
+    """Give back the pinned host memory that loads to accelerators keep for the next one, and registered pages of files.
 
     What a load that is under way uses is kept until it ends; call this again then.
 
     Returns:
         Bytes that were given back.
     """
-    return _pool.free()
+    return _pool.free() + free_kept_windows()
 
 
 def kept_pinned_bytes() -> int:
     """Pinned host memory that is kept for the next load, in bytes."""
-    return _pool.n_bytes()
+    return _pool.n_bytes() + kept_window_bytes()
 
 
 def pin_ahead(device: Device, slot_bytes: int, n_slots: int) -> None:
@@ -146,9 +164,14 @@ class Ring:
         return len(self._held) * self._slot_bytes
 
     def take(self) -> PinnedMemory | None:
-        """A slot, as soon as there is one; None once the ring is stopped.
+        """A slot, as soon as there is one; None once the ring is stopped."""
+        turn = self.turn()
+        return None if turn is None else self.slot(turn)
 
-        One whose copies are done comes first, then a new one, then the one that was used longest ago.
+    def turn(self) -> Turn | None:
+        """The right to a slot, as soon as there is one; None once the ring is stopped.
+
+        A slot whose copies are done comes first, then a new one, then the one that was used longest ago.
         """
         used: _Used | None = None
         with self._changed:
@@ -160,13 +183,28 @@ class Ring:
                 used = self._used.popleft()
             else:
                 self._n_left -= 1
-        if used is not None:
-            used.event.wait()
-            return used.slot
+        if used is None:
+            return Turn(None)
+        used.event.wait()
+        return Turn(used.slot)
+
+    def slot(self, turn: Turn) -> PinnedMemory:
+        """The slot that there is a right to."""
+        if turn.slot is not None:
+            return turn.slot
         slot = _pool.take(self._device, self._slot_bytes)
         with self._changed:
             self._held[slot.address] = slot
         return slot
+
+    def forgo(self, turn: Turn) -> None:
+        """The slot is not needed."""
+        with self._changed:
+            if turn.slot is None:
+                self._n_left += 1
+            else:
+                self._used.appendleft(_Used(turn.slot, _AtOnce()))
+            self._changed.notify()
 
     def give_back(self, slot: PinnedMemory, event: Event) -> None:
         """The slot may be used again once the event is done."""

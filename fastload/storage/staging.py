@@ -1,6 +1,6 @@
 """The pipeline to a device: readers fill pinned slots, one thread sends them on, in order.
 
-    file -> page cache -> pinned slot -> device
+    file -> page cache -> pinned slot -> device          memory file system -> device, where registering is faster
 
 Readers take chunks in order, each with a slot of the ring; there are no more slots than the ring has, so they wait for
 copies where these are slower. The sender waits for the chunk that is next, enqueues its copies on a stream of its own
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from types import TracebackType
 
 import torch
@@ -24,7 +25,8 @@ from fastload.formats.chunks import Chunk, Part
 from fastload.formats.specs import contiguous_stride
 from fastload.storage.devices import Device, Event, PinnedMemory
 from fastload.storage.direct import Choice, ChunkFiles
-from fastload.storage.ring import Ring
+from fastload.storage.ring import Ring, Turn
+from fastload.storage.windows import Window, Windows
 
 __all__ = ["Transfer", "typed"]
 
@@ -44,6 +46,7 @@ class Transfer:
             the transfer has ended.
         scratch: such a tensor as large as the largest part that is converted or a box.
         ring: the slots; as large as the chunks ask for. The transfer closes it.
+        windows: of files that are sent from where they lie. The transfer closes them.
         advance: called on a thread of the transfer with the bytes of each chunk that was sent.
         path_of: file -> the path to open it by.
     """
@@ -55,6 +58,7 @@ class Transfer:
         buffers: Sequence[torch.Tensor],
         scratch: torch.Tensor,
         ring: Ring,
+        windows: Windows,
         advance: Callable[[int], None] = lambda n_bytes: None,
         path_of: Callable[[str], str] = str,
     ) -> None:
@@ -64,13 +68,14 @@ class Transfer:
         self._buffers = buffers
         self._scratch = scratch
         self._ring = ring
+        self._windows = windows
         self._advance = advance
         self._choice = Choice(dict.fromkeys(chunk.file for chunk in self._chunks))
         self._last_of_group = {chunk.group: index for index, chunk in enumerate(self._chunks)}
         self._changed = threading.Condition()
         self._n_promised = 0  # chunks that a reader has a slot for, or waits for one
         self._n_taken = 0
-        self._filled: dict[int, PinnedMemory] = {}
+        self._filled: dict[int, PinnedMemory | Window] = {}
         self._events: dict[int, Event] = {}
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -85,13 +90,15 @@ class Transfer:
             self._sender.start()
         except BaseException:
             self._stream.close()
+            windows.close()
             ring.close()
             raise
 
     @property
     def note(self) -> str:
         """How it reads, for a report."""
-        return f"to {self._device.name} by {len(self._readers)} readers, {self._choice}"
+        how = f"{self._choice}{self._windows}" if self._windows.is_possible else str(self._choice)
+        return f"to {self._device.name} by {len(self._readers)} readers, {how}"
 
     def wait(self, group: int | None = None) -> None:
         """Block until a group is on the device; None for all of them, and the end of the transfer.
@@ -152,19 +159,33 @@ class Transfer:
             self._device.set_current()
             with ChunkFiles(self._choice, self._path_of) as files:
                 while self._promise():
-                    slot = self._ring.take()
-                    if slot is None:
+                    turn = self._ring.turn()
+                    if turn is None:
                         return
                     with self._changed:
                         index = self._n_taken
                         self._n_taken += 1
-                    if not files.read(self._chunks[index], slot.bytes, self._stop):
+                    filled = self._fill(self._chunks[index], turn, files)
+                    if filled is None:
                         return
                     with self._changed:
-                        self._filled[index] = slot
+                        self._filled[index] = filled
                         self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001  raised to who waits
             self._fail(error)
+
+    def _fill(self, chunk: Chunk, turn: Turn, files: ChunkFiles) -> PinnedMemory | Window | None:
+        """A chunk where a device can copy it from: read into a slot, or where it lies. None if the transfer is over."""
+        window = self._windows.open(chunk)
+        if window is not None:
+            self._ring.forgo(turn)
+            return window
+        slot = self._ring.slot(turn)
+        begin = perf_counter()
+        if not files.read(chunk, slot.bytes, self._stop):
+            return None
+        self._windows.tell_read(chunk.file, chunk.n_read_bytes, perf_counter() - begin)
+        return slot
 
     def _promise(self) -> bool:
         """Whether there is another chunk to be read. A slot is asked for only where there is."""
@@ -181,13 +202,10 @@ class Transfer:
                 reader.start()
             event: Event | None = None
             for index, chunk in enumerate(self._chunks):
-                slot = self._filled_slot(index)
-                if slot is None:
+                filled = self._when_filled(index)
+                if filled is None:
                     return
-                for part in chunk.parts:
-                    self._send(part, slot)
-                event = self._stream.record()
-                self._ring.give_back(slot, event)
+                event = self._send_chunk(chunk, filled)
                 if self._last_of_group[chunk.group] == index:
                     with self._changed:
                         self._events[chunk.group] = event
@@ -200,15 +218,27 @@ class Transfer:
         finally:
             self._end()
 
-    def _filled_slot(self, index: int) -> PinnedMemory | None:
-        """The slot that a chunk was read into, as soon as it is; None if the transfer is to stop."""
+    def _when_filled(self, index: int) -> PinnedMemory | Window | None:
+        """Where a chunk can be copied from, as soon as it can; None if the transfer is to stop."""
         with self._changed:
             while index not in self._filled and not self._stop.is_set():
                 self._changed.wait()
             return self._filled.pop(index, None) if not self._stop.is_set() else None
 
-    def _send(self, part: Part, slot: PinnedMemory) -> None:
-        source = slot.tensor[part.at_bytes : part.at_bytes + part.n_bytes]
+    def _send_chunk(self, chunk: Chunk, filled: PinnedMemory | Window) -> Event:
+        if isinstance(filled, Window):
+            for part in chunk.parts:
+                self._send(part, filled.source(chunk, part))
+            event = self._stream.record()
+            self._windows.give_back(filled, event)
+            return event
+        for part in chunk.parts:
+            self._send(part, filled.tensor[part.at_bytes : part.at_bytes + part.n_bytes])
+        event = self._stream.record()
+        self._ring.give_back(filled, event)
+        return event
+
+    def _send(self, part: Part, source: torch.Tensor) -> None:
         buffer = self._buffers[part.buffer]
         if part.is_plain:
             self._stream.copy(buffer[part.offset_bytes : part.offset_bytes + part.n_bytes], source)
@@ -241,6 +271,7 @@ class Transfer:
         try:
             self._stream.close()
         finally:
+            self._windows.close()
             self._ring.close()
             with self._changed:
                 self._ended = True

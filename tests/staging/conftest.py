@@ -14,6 +14,7 @@ from fastload.placement.device import Staging
 from fastload.plan.planning import plan_state_dict
 from fastload.plan.staging import Limits
 from fastload.storage.devices import Device
+from fastload.storage.residency import FileSystem
 from fastload.storage.ring import free_pinned_memory
 from tests.cold import wait_for_no_threads
 
@@ -49,6 +50,18 @@ def staging_to() -> Callable[..., Staging]:
         return Staging(found.get, n_slots * LIMITS.chunk_bytes, LIMITS)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def lie_in_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Has all files pass for files of a memory file system, or for none, which they do unless a test says so."""
+
+    def lie(do: bool) -> None:
+        found = FileSystem("tmpfs" if do else "ext4", False)
+        monkeypatch.setattr("fastload.storage.windows.file_system", lambda file: found)
+
+    lie(False)
+    return lie
 
 
 @pytest.fixture(autouse=True)
