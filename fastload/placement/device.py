@@ -17,6 +17,7 @@ from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.plan.staging import Limits, StagingPlan, Wanted, can_be_staged, plan_staging, wanted_of
 from fastload.progress import Progress
 from fastload.reports import format_bytes
+from fastload.storage.crew import Crew, Start, start_thread
 from fastload.storage.devices import Device, Devices
 from fastload.storage.ring import Ring, pin_ahead
 from fastload.storage.staging import Transfer, typed
@@ -35,12 +36,22 @@ class Staging(NamedTuple):
         pinned_bytes: most pinned host memory for each device.
         limits: sizes of chunks and buffers.
         path_of: file -> the path to open it by, if its name may come to be another file's (`Checkpoint.held_path`).
+        start: begins the threads of a transfer.
     """
 
     devices: Devices
     pinned_bytes: int = PINNED_BYTES
     limits: Limits = Limits()
     path_of: Callable[[str], str] = str
+    start: Start = start_thread
+
+    def for_blocks(self) -> Staging:
+        """For one small transfer after another, two at a time, which share what may be pinned and keep their threads.
+
+        The threads end with what is returned.
+        """
+        pinned_bytes = max(self.pinned_bytes // 2, 2 * self.limits.chunk_bytes)
+        return self._replace(pinned_bytes=pinned_bytes, start=Crew().start)
 
     @property
     def n_slots(self) -> int:
@@ -154,7 +165,10 @@ def stage(
         windows = Windows(device, plan.chunks, most_bytes, staging.path_of)
         n_slots = n_least if windows.is_possible else n_slots
         ring = Ring(device, staging.limits.chunk_bytes, min(n_slots, len(plan.chunks)))
-        return Staged(tensors, Transfer(device, plan.chunks, buffers, scratch, ring, windows, advance, staging.path_of))
+        transfer = Transfer(
+            device, plan.chunks, buffers, scratch, ring, windows, advance, staging.path_of, staging.start
+        )
+        return Staged(tensors, transfer)
 
 
 def stage_all(rows: Iterable[Row], staging: Staging, group_of: Callable[[str], int]) -> tuple[Staged, ...]:

@@ -23,6 +23,7 @@ from fastload.dtypes import DType, to_torch
 from fastload.errors import BlockError
 from fastload.formats.chunks import Chunk, Part
 from fastload.formats.specs import contiguous_stride
+from fastload.storage.crew import Start, Work, start_thread
 from fastload.storage.devices import Device, Event, PinnedMemory
 from fastload.storage.direct import Choice, ChunkFiles
 from fastload.storage.ring import Ring, Turn
@@ -49,6 +50,7 @@ class Transfer:
         windows: of files that are sent from where they lie. The transfer closes them.
         advance: called on a thread of the transfer with the bytes of each chunk that was sent.
         path_of: file -> the path to open it by.
+        start: begins its threads.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Transfer:
         windows: Windows,
         advance: Callable[[int], None] = lambda n_bytes: None,
         path_of: Callable[[str], str] = str,
+        start: Start = start_thread,
     ) -> None:
         self._device = device
+        self._start = start
         self._path_of = path_of
         self._chunks = tuple(chunks)
         self._buffers = buffers
@@ -80,14 +84,12 @@ class Transfer:
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._ended = False
+        self._own: set[int] = set()  # its threads
         self._stream = device.open_stream()
-        self._readers = [
-            threading.Thread(target=self._read_all, name=f"fastload-staging-{number}", daemon=True)
-            for number in range(min(_n_readers(self._choice), len(self._chunks)))
-        ]
-        self._sender = threading.Thread(target=self._send_all, name="fastload-sender", daemon=True)
+        self._n_readers = min(_n_readers(self._choice), len(self._chunks))
+        self._readers: list[Work] = []
         try:
-            self._sender.start()
+            self._sender = start(self._send_all, "fastload-sender")
         except BaseException:
             self._stream.close()
             windows.close()
@@ -98,7 +100,7 @@ class Transfer:
     def note(self) -> str:
         """How it reads, for a report."""
         how = f"{self._choice}{self._windows}" if self._windows.is_possible else str(self._choice)
-        return f"to {self._device.name} by {len(self._readers)} readers, {how}"
+        return f"to {self._device.name} by {self._n_readers} readers, {how}"
 
     def wait(self, group: int | None = None) -> None:
         """Block until a group is on the device; None for all of them, and the end of the transfer.
@@ -128,12 +130,16 @@ class Transfer:
             self._device.hold_back(event)
 
     def cancel(self) -> None:
-        """End it, wherever it is; returns when its threads have ended. Nothing happens if it has come to its end."""
+        """End it, wherever it is; returns when its threads have ended. Nothing happens if it has come to its end.
+
+        On one of these threads, where garbage may come to be collected, it does not wait.
+        """
         with self._changed:
             if not self._ended and self._error is None:
                 self._error = BlockError("the transfer to a device was cancelled", found=self._device.name)
         self._halt()
-        self._sender.join()
+        if threading.get_ident() not in self._own:
+            self._sender.join()
 
     def __enter__(self) -> Transfer:
         return self
@@ -155,6 +161,7 @@ class Transfer:
             return self._events[group]
 
     def _read_all(self) -> None:
+        self._own.add(threading.get_ident())
         try:
             self._device.set_current()
             with ChunkFiles(self._choice, self._path_of) as files:
@@ -196,10 +203,11 @@ class Transfer:
             return True
 
     def _send_all(self) -> None:
+        self._own.add(threading.get_ident())
         try:
             self._device.set_current()
-            for reader in self._readers:
-                reader.start()
+            for number in range(self._n_readers):
+                self._readers.append(self._start(self._read_all, f"fastload-staging-{number}"))
             event: Event | None = None
             for index, chunk in enumerate(self._chunks):
                 filled = self._when_filled(index)
@@ -266,8 +274,7 @@ class Transfer:
         """The last of the sender: nothing reads, nothing copies, and the slots are the pool's."""
         self._halt()
         for reader in self._readers:
-            if reader.ident is not None:
-                reader.join()
+            reader.join()
         try:
             self._stream.close()
         finally:

@@ -41,9 +41,7 @@ class Ahead:
         self._rows = {unit: of_unit for unit, of_unit in rows.items() if of_unit}
         order = list(self._rows)
         self._next = dict(zip(order, order[1:] + order[:1], strict=True))
-        # Two transfers are under way at a time, and share what may be pinned.
-        pinned_bytes = max(staging.pinned_bytes // 2, 2 * staging.limits.chunk_bytes)
-        self._staging = staging._replace(pinned_bytes=pinned_bytes, path_of=files.path_of)
+        self._staging = staging.for_blocks()._replace(path_of=files.path_of)
         self._files = files
         self._coming: dict[str, tuple[Staged, ...]] = {}
         self._lock = threading.Lock()

@@ -177,9 +177,7 @@ class Budget:
         staging: Staging,
     ) -> None:
         self._open_file = open_file
-        # Two transfers are under way at a time, and share what may be pinned.
-        pinned_bytes = max(staging.pinned_bytes // 2, 2 * staging.limits.chunk_bytes)
-        self._staging = staging._replace(pinned_bytes=pinned_bytes)
+        self._staging = staging.for_blocks()
         self._order = division.passing
         self._rows = {unit: division.rows[unit] for unit in self._order}
         self._window_bytes = division.window_bytes

@@ -189,6 +189,15 @@ def test_a_cancelled_transfer_waits_for_the_copies_that_are_under_way(
     transfer.cancel()  # nothing more happens
 
 
+def test_a_transfer_that_is_cancelled_by_its_own_thread_ends(checkpoint: Checkpoint, staging_to: StagingTo) -> None:
+    # As garbage is collected on whatever thread allocates: the model goes, and with it what it waits for.
+    device = ActingDevice(2, lambda: staged.transfer.cancel())
+    staged = stage(rows_of(checkpoint), device, staging_to(n_slots=2))
+    with pytest.raises(BlockError, match="cancelled"):
+        staged.transfer.wait()
+    assert threads() == []
+
+
 def load_until_interrupted(checkpoint: Checkpoint, device: ActingDevice, staging: Staging) -> None:
     with stage(rows_of(checkpoint), device, staging).transfer as transfer:
         while True:  # however short the transfer is, the signal comes while it is waited for
