@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastload.plan.fusing import Concatenate, Fusion, Stack
 from fastload.plan.planning import plan_state_dict
 from fastload.storage.devices import CopyStream, CudaDevice, device_for
 from fastload.storage.memory import private_bytes
+from fastload.storage.residency import file_system
 from fastload.storage.ring import kept_pinned_bytes
 from tests.cold import make_cold, wait_for_no_threads
 from tests.conftest import same_bytes
@@ -177,6 +180,20 @@ def test_the_ring_is_pinned_bounded_kept_and_given_back(folder: Path) -> None:
     memory = device.pin(1 << 20)
     assert memory.tensor.is_pinned()
     memory.release()
+
+
+def test_pages_of_a_memory_file_system_are_registered_kept_and_given_back(folder: Path) -> None:
+    if not file_system("/dev/shm").is_memory:
+        pytest.skip("no memory file system at /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as where:
+        shutil.copy(folder / "model.safetensors", where)
+        expected = fastload.load_state_dict(where)
+        for pinned_memory in ("128MB", "1GB", "1GB"):  # by trial, registered and kept, from what was kept
+            found = fastload.load_state_dict(where, device="cuda:0", pinned_memory=pinned_memory)
+            assert [key for key in expected if not same_bytes(found[key].cpu(), expected[key])] == []
+        assert fastload.free_pinned_memory() > 0
+        # Nothing is left of a refusal that the next kernel would be told.
+        assert float(found["scalar"] + 1) == 3.5
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:

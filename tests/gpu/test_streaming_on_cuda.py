@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,22 @@ def test_what_does_not_fit_passes_through_the_device(folder: Path) -> None:
     assert "cpu" in model.hf_device_map.values()
     for _ in range(2):
         assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_blocks_beside_the_device_come_to_a_model_of_transformers(folder: Path, place: str) -> None:
+    expected = logits(hf.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype="float32"))
+    device_map: dict[str, int | str] = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb"], 0)
+    device_map |= {f"model.layers.{number}": 0 if number < 3 else place for number in range(8)} | {"lm_head": place}
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype="float32")
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+        assert {name for name, one in model.named_parameters() if one.is_meta} == {
+            name for name, _ in model.named_parameters() if name.startswith(PASSING)
+        }
+    del model
+    gc.collect()
+    wait_for_no_threads()
+
+
+PASSING = (*(f"model.layers.{number}." for number in range(3, 8)), "lm_head.")

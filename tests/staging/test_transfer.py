@@ -191,8 +191,10 @@ def test_a_cancelled_transfer_waits_for_the_copies_that_are_under_way(
 
 def test_a_transfer_that_is_cancelled_by_its_own_thread_ends(checkpoint: Checkpoint, staging_to: StagingTo) -> None:
     # As garbage is collected on whatever thread allocates: the model goes, and with it what it waits for.
-    device = ActingDevice(2, lambda: staged.transfer.cancel())
+    is_there = threading.Event()
+    device = ActingDevice(2, lambda: is_there.wait() and staged.transfer.cancel())  # type: ignore[func-returns-value]
     staged = stage(rows_of(checkpoint), device, staging_to(n_slots=2))
+    is_there.set()
     with pytest.raises(BlockError, match="cancelled"):
         staged.transfer.wait()
     assert threads() == []
