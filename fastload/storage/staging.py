@@ -88,12 +88,18 @@ class Transfer:
         self._stream = device.open_stream()
         self._n_readers = min(_n_readers(self._choice), len(self._chunks))
         self._readers: list[Work] = []
+        self._has_begun = self._is_abandoned = False
         try:
             self._sender = start(self._send_all, "fastload-sender")
-        except BaseException:
-            self._stream.close()
-            windows.close()
-            ring.close()
+        except BaseException as error:
+            # Ctrl-C may come when the thread has begun: then it ends everything, as ever.
+            self._fail(error)
+            with self._changed:
+                self._is_abandoned = not self._has_begun
+            if self._is_abandoned:
+                self._stream.close()
+                windows.close()
+                ring.close()
             raise
 
     @property
@@ -204,6 +210,10 @@ class Transfer:
 
     def _send_all(self) -> None:
         self._own.add(threading.get_ident())
+        with self._changed:
+            if self._is_abandoned:
+                return
+            self._has_begun = True
         try:
             self._device.set_current()
             for number in range(self._n_readers):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from fastload.checkpoint import Checkpoint
 from fastload.errors import BlockError, TruncatedFileError, UnreadableFileError
 from fastload.placement.device import Staging, stage
+from fastload.storage.crew import start_thread
 from fastload.storage.devices import CpuDevice
 from fastload.storage.memory import private_bytes
 from fastload.storage.ring import free_pinned_memory, kept_pinned_bytes, pin_ahead
@@ -219,6 +222,23 @@ def test_ctrl_c_ends_the_transfer_and_the_next_one_is_as_any(checkpoint: Checkpo
     assert same_bytes(staged.tensors["large"], checkpoint["large"])
 
 
+def test_ctrl_c_while_the_first_thread_begins_leaves_nothing(checkpoint: Checkpoint, staging_to: StagingTo) -> None:
+    def interrupted(begin: bool) -> Any:
+        def start(do: Callable[[], None], name: str) -> Any:
+            if begin:
+                start_thread(do, name)
+            raise KeyboardInterrupt
+
+        return start
+
+    device = CountingDevice()
+    for begin in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            stage(rows_of(checkpoint), device, staging_to()._replace(start=interrupted(begin)))
+        wait_for_no_threads()
+    assert kept_pinned_bytes() == device.n_pins * LIMITS.chunk_bytes
+
+
 def test_fifty_transfers_leave_nothing_behind(checkpoint: Checkpoint, staging_to: StagingTo) -> None:
     device, rows = CountingDevice(), rows_of(checkpoint)
 
@@ -227,6 +247,7 @@ def test_fifty_transfers_leave_nothing_behind(checkpoint: Checkpoint, staging_to
 
     for _ in range(5):
         load()
+    gc.collect()  # what earlier tests have left
     before, descriptors, n_pins = private_bytes(), open_descriptors(), device.n_pins
     for _ in range(50):
         load()
