@@ -169,7 +169,7 @@ def can_be_staged(row: PlanRow | FusedRow) -> bool:
 
 
 def _raw(spec: TensorSpec) -> TensorSpec:
-    """A view of a larger storage as a tensor of its own bytes, where these follow each other. All others as they are."""
+    """A view of a larger storage as a tensor of its own bytes, where these follow each other. Others as they are."""
     if spec.view is None or spec.region.encoding is not None:
         return spec
     expected = contiguous_stride(spec.shape)

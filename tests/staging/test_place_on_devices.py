@@ -78,7 +78,7 @@ def test_tied_tensors_arrive_once_and_what_is_no_run_of_bytes_is_left(tmp_path: 
     plan = plan_state_dict(checkpoint.specs, dtype=None, device="cuda:0")
     left, found, notes = place_on_devices(plan, staging_to(device), {})
     assert {row.fqn for row in left.rows} == {"turned", "column"}
-    assert notes[-1].startswith("2 tensors (32.8 kB) are made in memory first")
+    assert notes[-1].startswith("2 tensors (16.6 kB) are made in memory first")
     assert found["whole"].data_ptr() == found["tied"].data_ptr()
     assert_same(found, {key: tensors[key] for key in ("whole", "tied", "other")})
 
