@@ -11,6 +11,7 @@ from fastload.checkpoint import Checkpoint
 from fastload.dtypes import from_torch
 from fastload.errors import IncompleteModelError
 from fastload.formats.index import checked_names
+from fastload.formats.runs import Runs
 from fastload.formats.specs import Region, StorageView, TensorSpec, contiguous_stride
 from fastload.sources.local import CheckpointFiles
 from fastload.sources.names import FileFormat
@@ -81,6 +82,13 @@ class GivenTensors(MappedFile):
     def tensors(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
         """The caller's tensors, as views."""
         return [self.tensor(spec) for spec in specs]
+
+    def is_warm(self) -> bool:
+        """Yes: the tensors are in memory."""
+        return True
+
+    def ask_for(self, runs: Runs) -> None:
+        """Nothing: there is no file."""
 
     def release(self, region: Region) -> None:
         """Nothing: the tensors are the caller's."""
