@@ -128,7 +128,9 @@ def _check_heads(model: PreTrainedModel, styles: Mapping[str, str], n_parts: int
 def _check_ties(modules: Mapping[str, nn.Module], plan: TensorParallelPlan, n_parts: int) -> None:
     """A parameter that two modules share is cut alike in both."""
     for slot in describe_modules(modules).values():
-        names = (slot.fqn, slot.tied_to or slot.fqn)
+        if slot.tied_to is None:
+            continue
+        names = (slot.fqn, slot.tied_to)
         first, second = (splits_of(plan, name, slot.shape, n_parts, 0) for name in names)
         if first != second:
             raise OptionError(

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from fastload.plan.rows import PlanRow
 from fastload.progress import Progress
 from fastload.reports import format_bytes
 from fastload.storage.mapping import MappedFile
+from fastload.storage.slabs import HUGE_PAGE, HugePages, Slab
 
 __all__ = ["place_slices"]
 
@@ -68,27 +70,36 @@ def place_slices(
     """
     cold = {file for file in {row.spec.region.file for row in rows} if not open_file(file).is_warm()}
     placed: dict[str, torch.Tensor] = {}
+    pages = HugePages()
     with Progress(title, sum(row.spec.n_bytes for row in rows)) as progress, torch.no_grad():
         for block in _asked_ahead((block for row in rows for block in _blocks(row)), open_file, cold):
             row, spec, box, is_last = block
             file = open_file(spec.region.file)
             if row.fqn not in placed:
-                placed[row.fqn] = _memory(row, existing)
+                placed[row.fqn] = _memory(row, existing, pages)
             part = placed[row.fqn]
             for dim, (begin, size) in enumerate(zip(box.offset, box.shape, strict=True)):
                 part = part.narrow(dim, begin, size)
             part.copy_(file.part(spec))
-            file.release(spec.region)
+            if spec.region.file in cold:  # mapping again what is cached costs more than it is worth
+                file.release(spec.region)
             if is_last and row.device:
                 placed[row.fqn] = placed[row.fqn].to(row.device)
             progress.advance(spec.n_bytes)
     return placed, tuple(_note(rows, cold))
 
 
-def _memory(row: PlanRow, existing: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _memory(row: PlanRow, existing: Mapping[str, torch.Tensor], pages: HugePages) -> torch.Tensor:
+    """Where a part shall be: the module's own memory, or new memory."""
     if not row.device:
         return existing[row.fqn]
-    return torch.empty(row.spec.shape, dtype=to_torch(row.dtype), device="cpu")
+    shape, n_elements = row.spec.shape, prod(row.spec.shape)
+    n_bytes = n_elements * row.dtype.itemsize
+    if n_bytes < HUGE_PAGE:
+        return torch.empty(shape, dtype=to_torch(row.dtype), device="cpu")
+    slab = Slab(n_bytes)
+    pages.prepare(slab, 0, n_bytes)
+    return slab.tensor(row.dtype, 0, n_elements).view(shape)
 
 
 def _blocks(row: PlanRow) -> Iterator[_Block]:
