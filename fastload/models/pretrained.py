@@ -16,7 +16,7 @@ from torch import nn
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import to_torch
 from fastload.errors import OptionError
-from fastload.loader import fill_module, parse_pinned_memory
+from fastload.loader import fill_module, parse_pinned_memory, ranks_of_machine
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton
@@ -90,6 +90,7 @@ class PretrainedLoading:
         stream: bool = False,
         memory_budget: int | str | None = None,
         pinned_memory: int | str | None = None,
+        dedup: str | None = None,
         verify: bool = False,
         **config_fields: Any,
     ) -> Any:
@@ -126,6 +127,7 @@ class PretrainedLoading:
             memory_budget: most bytes of weights to keep in memory, as a number, "4GB", or "auto" for what is free.
                 What is beyond is read for each forward. ``device_map="auto", max_memory={"cpu": "4GB"}`` says so too.
             pinned_memory: most host memory that is pinned to load to a CUDA device, as a number or "512MB".
+            dedup: "node" to have the ranks of a machine read cold files for each other (see `load_model`).
             verify: first compare all bytes of the weight files with their checksums (see `Checkpoint.verify`).
             config_fields: fields of the config to be set otherwise than in the file, and keywords of the model's own
                 constructor.
@@ -156,11 +158,11 @@ class PretrainedLoading:
         )
         device_map = device_map if mesh is None else device_on(mesh)
         model_options = {name: config_fields.pop(name) for name in cls._own_options() & config_fields.keys()}
-        with paused_collector():
+        with paused_collector(), ranks_of_machine(LoadOptions(device_map=_one_device(device_map), dedup=dedup)) as node:
             opening = partial(cls._open, path, config, files, hub, config_fields, clock)
             config, checkpoint = read_steadily(path, opening, subfolder=subfolder)
             with clock("open"):
-                if memory_budget is None and max_memory is None and mesh is None:
+                if memory_budget is None and max_memory is None and mesh is None and node is None:
                     checkpoint.read_ahead()
                 pinned_bytes = parse_pinned_memory(pinned_memory)
                 begin_pinning(named_devices(device_map), lambda: checkpoint.n_bytes, Staging(device_for, pinned_bytes))
@@ -191,6 +193,7 @@ class PretrainedLoading:
                 stream=stream,
                 memory_budget_bytes=parse_memory_budget(memory_budget),
                 pinned_bytes=pinned_bytes,
+                dedup=dedup,
             )
             report = fill_module(
                 model,
@@ -200,6 +203,7 @@ class PretrainedLoading:
                 clock=clock,
                 rules=cls._key_rules(),
                 initialise=model.init_parameter,
+                node=node,
             )
             with clock("finish"):
                 _set_eval(model)
@@ -350,6 +354,12 @@ class PretrainedLoading:
             ignore_unexpected=tuple(cls._keys_to_ignore_on_load_unexpected or ()),
             keep_in_fp32=tuple(cls._keep_in_fp32_modules or ()),
         )
+
+
+def _one_device(device_map: DeviceMapArgument) -> dict[str, str]:
+    """The device map of LoadOptions where all goes to one device that is named; empty otherwise."""
+    devices = named_devices(device_map)
+    return {"": devices[0]} if len(devices) == 1 else {}
 
 
 def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

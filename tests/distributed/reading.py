@@ -223,6 +223,21 @@ def shared_load(path: Path, mesh: DeviceMesh, before: Callable[[int], None] = la
         return list(fastload.load_model(net, path, dedup="node").bytes_by_action)
 
 
+def native(path: Path) -> Findings:
+    """A native model, split over the ranks: read for each other and each for itself."""
+    alone = fastload.AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    with as_cold():
+        model = fastload.AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", dedup="node")
+    parts = dict(model.named_parameters())
+    report = fastload.report(model)
+    return {
+        "differing": [name for name, tensor in alone.named_parameters() if not same_bytes(tensor, parts[name])],
+        "actions": report.bytes_by_action,
+        "n_read_bytes": report.n_read_bytes,
+        "n_whole_bytes": fastload.open_checkpoint(path).n_bytes,
+    }
+
+
 def find(folder: Path) -> Findings:
     mesh = line(N_RANKS)
     checkpoint = folder / "checkpoint"
@@ -240,6 +255,7 @@ def find(folder: Path) -> Findings:
         findings["shards of experts"] = differing_shards(folder / "experts", mesh, fusions=[EXPERTS])
     findings["by host name"] = together(checkpoint, lambda net: fully_sharded(net, mesh))
     with machines_of(4):
+        findings["native"] = native(folder / "native")
         findings["failing"] = failing(folder, mesh)
     wide = folder / "wide"
     findings["cold tensor parallel"] = cold(wide, lambda net: tensor_parallel(net, mesh))

@@ -30,6 +30,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Findings]:
     folder = tmp_path_factory.mktemp("ranks")
     write_checkpoints(folder)
     shutil.copytree(folder / "checkpoint", folder / "cut")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 66}
+    config = fastload.LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **sizes)
+    fastload.LlamaForCausalLM(config).save_pretrained(folder / "native")
     fastload.save_model(Net(), folder / "shards", max_shard_size="10KB")
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Wide().named_parameters()}
@@ -91,6 +94,15 @@ def test_without_torchrun_a_machine_is_known_by_its_name(ranks: list[Findings]) 
     for found in of(ranks, "by host name"):
         assert found["differing"] == []
         assert "ranks of this machine" in found["note"]
+
+
+def test_native_models_are_read_together_too(ranks: list[Findings]) -> None:
+    found = of(ranks, "native")
+    for one in found:
+        assert one["differing"] == []
+        assert one["actions"]["exchange"] > 0
+    read = sum(one["n_read_bytes"] for one in found)
+    assert read == found[0]["n_whole_bytes"]
 
 
 @pytest.mark.parametrize("name", COLD)
