@@ -8,7 +8,7 @@ Beside what all ranks saved, rank 0 saves the whole tensors by itself, for the t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import fastload
 from fastload.saver import save_checkpoint
 from fastload.storage.memory import private_bytes
+from tests.conftest import same_bytes
 from tests.distributed.groups import be_a_rank
 from tests.distributed.layouts import Findings, Net, both, fully_sharded, grid, line, local, tensor_parallel
 from tests.staging.devices import CountingDevice
@@ -210,6 +211,15 @@ def saved_models(folder: Path, mesh: DeviceMesh) -> Findings:
     return found
 
 
+def differing(path: Path, lay_out: Callable[[nn.Module], nn.Module]) -> list[str]:
+    """Names of what a model that is laid out over these ranks loads otherwise than the files, of other ranks, have it."""
+    with torch.device("meta"):
+        module = lay_out(Net())
+    fastload.load_model(module, path)
+    expected = fastload.load_state_dict(path)
+    return [name for name, tensor in module.named_parameters() if not same_bytes(gathered(tensor), expected[name])]
+
+
 def find(folder: Path, n_ranks: int) -> Findings:
     kinds = ["tensor parallel", "fully sharded", "tied"] + ["both", "hybrid", "inner mesh"] * (n_ranks == 4)
     findings: Findings = {}
@@ -227,6 +237,13 @@ def find(folder: Path, n_ranks: int) -> Findings:
     findings["packed"] = packed(line(n_ranks), folder)
     if n_ranks == 2:
         findings["turned"] = turned(line(n_ranks), folder)
+        of_four, mesh = folder / "of four", line(n_ranks)
+        findings["of four, tensor parallel"] = differing(
+            of_four / "fully sharded", lambda net: tensor_parallel(net, mesh)
+        )
+        findings["of four, fully sharded"] = differing(
+            of_four / "tensor parallel", lambda net: fully_sharded(net, mesh)
+        )
     findings |= saved_models(folder, line(n_ranks))
     return findings
 

@@ -34,6 +34,8 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Saved]:
     @cache
     def group(n_ranks: int) -> Saved:
         folder = tmp_path_factory.mktemp("saves")
+        if n_ranks == 2:  # which loads what four ranks have saved
+            (folder / "of four").symlink_to(group(4).folder / "together")
         return Saved(folder, run_group("tests.distributed.saves", n_ranks, folder))
 
     return group
@@ -77,6 +79,12 @@ def test_the_files_are_those_that_one_process_writes(saved: Saved, name: str) ->
     alone = contents(saved.folder / "alone" / name)
     assert alone
     assert contents(saved.folder / "together" / name) == alone
+
+
+@pytest.mark.parametrize("saved", [2], indirect=True)
+@pytest.mark.parametrize("name", ["of four, tensor parallel", "of four, fully sharded"])
+def test_two_ranks_load_what_four_have_saved(saved: Saved, name: str) -> None:
+    assert [rank[name] for rank in saved.ranks] == [[], []]
 
 
 @with_each([*SAVES, *MODELS])
