@@ -212,7 +212,7 @@ def saved_models(folder: Path, mesh: DeviceMesh) -> Findings:
 
 
 def differing(path: Path, lay_out: Callable[[nn.Module], nn.Module]) -> list[str]:
-    """Names of what a model that is laid out over these ranks loads otherwise than the files, of other ranks, have it."""
+    """Names of what a model laid out over these ranks loads otherwise than the files of other ranks have it."""
     with torch.device("meta"):
         module = lay_out(Net())
     fastload.load_model(module, path)
