@@ -174,13 +174,13 @@ def local_part(tensor: torch.Tensor, slot: Slot | None) -> torch.Tensor:
     return local(tensor)
 
 
-def placeholder(owners: Mapping[str, nn.Module], fqn: str) -> torch.Tensor:
-    """The tensor on meta that stands for one to come."""
+def placeholder(owners: Mapping[str, nn.Module], fqn: str, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor on meta that stands for one to come, of the type that it will have."""
     owner, name = _owner(owners, fqn)
     held = owner._parameters.get(name)
     found = owner._buffers[name] if held is None else held
     assert found is not None
-    return found.detach()
+    return found.detach().to(dtype)
 
 
 def _owner(owners: Mapping[str, nn.Module], fqn: str) -> tuple[nn.Module, str]:

@@ -19,11 +19,13 @@ from torch import nn
 
 from fastload.checkpoint import Checkpoint, open_checkpoint
 from fastload.detaching import detach
+from fastload.dtypes import to_torch
 from fastload.errors import OptionError
 from fastload.finishing import Initialiser, finish, incomplete, left_empty, local_part, placeholder
 from fastload.options import PINNED_BYTES, LoadOptions, parse_dtype
 from fastload.pauses import paused_collector
 from fastload.placement.device import Staging, begin_pinning, has_staged_rows
+from fastload.placement.device_map import DeviceMapArgument, lay_out, on_one_device, reject_other_devices
 from fastload.placement.network import read_apart
 from fastload.placement.placing import place_all
 from fastload.plan.fusing import Fusion
@@ -37,6 +39,7 @@ from fastload.storage.devices import Devices, device_for
 from fastload.storage.mapping import MappedFile
 from fastload.storage.memory import private_bytes
 from fastload.streaming.arrivals import Arrivals, parse_memory_budget
+from fastload.streaming.blocks import block_classes
 
 if TYPE_CHECKING:
     from fastload.distributed.exchanging import ReadTogether
@@ -111,6 +114,8 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
+    device_map: DeviceMapArgument = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     dtype: str | torch.dtype | None = None,
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
@@ -137,6 +142,10 @@ def load_model(
         path: a folder, one weight file, an index, or a hub id.
         device: where parameters on meta shall be made; None for the CPU, or for this rank's device of the mesh where
             parameters are DTensors.
+        device_map: in place of ``device``: a device, a strategy ("auto", "balanced", "balanced_low_0", "sequential"),
+            or module name -> device, for a module on meta. What is on "cpu" or "disk" beside an accelerator computes
+            on the first one, and is brought there for each forward, a block while the one before computes.
+        max_memory: device -> limit for the strategies, such as ``{0: "10GB", "cpu": "4GB"}``.
         dtype: type for floating point parameters on meta; None for the one the module was built with.
         strict: raise KeyMatchError on any missing, unexpected or mismatched key, before anything is changed.
         ignore_mismatched_sizes: leave parameters alone whose shape differs (they must have memory).
@@ -165,16 +174,21 @@ def load_model(
     """
     clock = Stopwatch()
     home = _mesh_device(module)
+    layout = on_one_device(device or home or "cpu", memory_budget)
+    if device_map is not None or max_memory is not None:
+        reject_other_devices(module, device, home)
+        layout = lay_out(module, device_map, max_memory, dtype, memory_budget, block_classes(walk_modules(module)))
     options = LoadOptions(
         dtype=parse_dtype(dtype),
-        device_map={"": str(device or home or "cpu")},
+        device_map=layout.placed_on,
+        is_dispatched=layout.is_dispatched,
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         key_mapping=key_mapping,
         detached=detached,
         lazy=lazy,
         stream=stream,
-        memory_budget_bytes=parse_memory_budget(memory_budget),
+        memory_budget_bytes=parse_memory_budget(layout.memory_budget),
         pinned_bytes=parse_pinned_memory(pinned_memory),
         dedup=dedup,
     )
@@ -184,13 +198,16 @@ def load_model(
             begin_pinning(
                 options.device_map.values(), lambda: checkpoint.n_bytes, Staging(device_for, options.pinned_bytes)
             )
-            if memory_budget is None and home is None and node is None:
+            if layout.memory_budget is None and home is None and node is None:
                 checkpoint.read_ahead()
         if verify:
             with clock("verify"):
                 checkpoint.verify()
         rules = KeyRules(fusions=tuple(fusions))
-        return fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules, node=node)
+        result = fill_module(module, checkpoint, options, source=os.fspath(path), clock=clock, rules=rules, node=node)
+    if device_map is not None:
+        module.hf_device_map = layout.devices  # type: ignore[assignment]
+    return result
 
 
 @contextmanager
@@ -268,7 +285,7 @@ def fill_module(
         empty = left_empty(plan, slots)
         if initialise is None and empty:
             raise incomplete("the files do not have these parameters, and the module has no values for them", empty)
-        arrivals = Arrivals(modules, plan, options, {fqn: slot.tied_to for fqn, slot in slots.items()})
+        arrivals = Arrivals(modules, plan, options, {fqn: slot.tied_to for fqn, slot in slots.items()}, staging)
     with clock("place"):
         existing = (
             _memory_of(module, slots) if any(not slot.on_meta and slot.persistent for slot in slots.values()) else {}
@@ -288,14 +305,16 @@ def fill_module(
         now, later = arrivals.split(plan)
         placed = place_all(now, open_file, staging, existing, title=os.path.basename(source) or source)
         # What is still to come is tied and finished with what stands for it.
-        tensors = placed.tensors | {row.fqn: placeholder(modules, row.fqn) for row in later.all_rows}
+        tensors = placed.tensors | {
+            row.fqn: placeholder(modules, row.fqn, to_torch(row.dtype)) for row in later.all_rows
+        }
         tensors |= shared.tensors if shared else {}
         n_remapped_bytes = placed.n_remapped_bytes
         n_remapped_bytes += sum(row.spec.n_bytes for row in later.fused if row.action is Action.REMAP)
     with clock("finish"):
         notes = [*checkpoint.notes, *placed.notes, *([shared.note] if shared else [])]
         notes += finish(modules, slots, whole, tensors, empty, options, rules, initialise)
-        notes += arrivals.begin(module, open_file, staging)
+        notes += arrivals.begin(module, open_file)
     bytes_by_action = plan.bytes_by_outcome(n_remapped_bytes) | (shared.bytes_by_action if shared else {})
     n_bytes = sum(bytes_by_action.values())
     # Only a rank's parts, and what is compressed, are not read as they are.

@@ -81,6 +81,8 @@ class LoadOptions:
         dtype: type that floating point tensors are converted to; None to keep each one's own. Integer, boolean,
             complex and 8-bit float tensors always keep theirs.
         device_map: module name -> device; ``""`` is the whole model. The longest name that fits decides.
+        is_dispatched: give the module hooks that take inputs from one device of the map to the next, and bring what is
+            on the CPU beside an accelerator there for each forward. Then no module of the map holds another one.
         strict: raise on any missing, unexpected or mismatched key.
         ignore_mismatched_sizes: initialise parameters whose shape differs from the file's instead of raising.
         key_mapping: regular expression -> replacement, applied to the file's keys in order before all else.
@@ -94,6 +96,7 @@ class LoadOptions:
 
     dtype: DType | None = None
     device_map: Mapping[str, str] = field(default_factory=lambda: {"": "cpu"})
+    is_dispatched: bool = False
     strict: bool = False
     ignore_mismatched_sizes: bool = False
     key_mapping: Mapping[str, str] | None = None
@@ -116,10 +119,29 @@ class LoadOptions:
         if len(chosen) > 1 or (chosen and self.detached):
             found = ", ".join([*chosen, *(["detached"] if self.detached else [])])
             raise OptionError("these options exclude each other", found=found, fix="choose one of them")
+        if self.is_dispatched:
+            self._check_dispatched()
         if self.dedup not in (None, "node"):
             raise OptionError("not a way to share reading", key="dedup", expected="None or 'node'", found=self.dedup)
         if self.dedup is not None and chosen:
             raise OptionError("what ranks read for each other cannot arrive later", key="dedup", found=chosen[0])
+
+    def _check_dispatched(self) -> None:
+        others = {
+            "memory_budget": self.memory_budget_bytes is not None,
+            "dedup": self.dedup is not None,
+            # What passes to an accelerator stays in the files.
+            "detached": self.detached and "cpu" in self.device_map.values(),
+        }
+        for name, is_given in others.items():
+            if is_given:
+                raise OptionError(
+                    "a device map of several devices excludes this option",
+                    key=name,
+                    expected="one device in device_map",
+                    found=", ".join(sorted(set(self.device_map.values()))),
+                    fix=f"leave out {name}, or name one device",
+                )
 
     @property
     def is_deferred(self) -> bool:

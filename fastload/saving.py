@@ -16,7 +16,7 @@ from fastload.options import Durability
 from fastload.saver import SaveReport, save_checkpoint
 from fastload.sources.hub import upload
 
-__all__ = ["load_of_offloaded", "save_model"]
+__all__ = ["load_of_offloaded", "save_model", "with_offloaded"]
 
 Load: TypeAlias = Callable[[], torch.Tensor]
 
@@ -81,6 +81,16 @@ def save_model(
     if push_to_hub is not None and (not is_together or is_first_rank()):
         upload(os.fspath(folder), (*report.files, *report.kept), push_to_hub, token=token)
     return report
+
+
+def with_offloaded(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a module by name, those on meta as the hooks that bring them for a forward would load them."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        load = load_of_offloaded(module, name) if isinstance(tensor, torch.Tensor) and tensor.is_meta else None
+        if load is not None:
+            found[name] = load()
+    return found
 
 
 def load_of_offloaded(module: Any, name: str) -> Load | None:

@@ -4,8 +4,8 @@ The hooks of accelerate ask a map of weights for a module's parameters before it
 transformers gives them a map that opens a file anew for every parameter of every forward, and before that saves once
 more whatever is not in a safetensors file as the model needs it. Here the map is the plan itself: a row is carried out
 when it is asked for. A tensor that needs no change is a view of its file, which is mapped once; one that is fused or
-converted is made for the forward, and dies after it. The hooks themselves are replaced (`fastload.hf.hooks`) by some
-that bring a block while the one before computes.
+converted is made for the forward, and dies after it. The hooks themselves are replaced (`fastload.streaming.hooks`)
+by some that bring a block while the one before computes.
 
 What lies on the CPU beside an accelerator is left in the files too, and comes through pinned memory from the page
 cache: a copy in memory would not bring it there any faster. It is read into memory where the files come over a network,
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers.integrations.accelerate import expand_device_map
@@ -37,19 +37,14 @@ from fastload.placement.device import Staging
 from fastload.placement.fused import place_fused, remap
 from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
-from fastload.plan.slots import walk_modules
 from fastload.plan.staging import can_be_staged
 from fastload.storage.devices import Devices
 from fastload.storage.mapping import MappedFile, open_unchanged
 from fastload.storage.residency import file_system
 from fastload.storage.slabs import Slab
-from fastload.streaming.ahead import Ahead
-from fastload.streaming.blocks import find_units
 from fastload.streaming.pages import extents_of
+from fastload.streaming.passing import bring_by_blocks, is_reached
 from fastload.streaming.reading import Descriptors
-
-if TYPE_CHECKING:
-    from fastload.hf.hooks import Passing
 
 __all__ = ["Convert", "DiskWeights", "Left", "OpenFile", "names_left", "split_plan", "without_file"]
 
@@ -212,7 +207,7 @@ class DiskWeights(Mapping[str, torch.Tensor]):
 
         Those that bring weights to a CPU, or to an accelerator that staging reaches, are replaced.
         """
-        from fastload.hf.hooks import offloading_hooks, replace_hooks
+        from fastload.streaming.hooks import offloading_hooks
 
         found = dict(offloading_hooks(model))
         if not found:
@@ -222,31 +217,12 @@ class DiskWeights(Mapping[str, torch.Tensor]):
         self._device = torch.device("cpu" if loader.device is None else loader.device)
         loader.state_dict = self
         self._is_sent_on = any(passing.device.type != "cpu" for passing in found.values())
-        rows = {prefix: self._rows_for(passing) for prefix, passing in found.items() if self._reaches(passing.device)}
-        if not self._rows_of_files or not rows:
-            return
-        units = find_units(walk_modules(model))
-        unit_of = {prefix: units.of_module[prefix] or prefix for prefix in rows}
-        of_unit: dict[str, list[PlanRow | FusedRow]] = {unit: [] for unit in unit_of.values()}
-        for prefix, unit in unit_of.items():
-            of_unit[unit] += rows[prefix]
-        ahead = Ahead(of_unit, self._staging, self._held)
-        replace_hooks(((prefix, unit, found[prefix]) for prefix, unit in unit_of.items()), ahead.take)
-
-    def _reaches(self, device: torch.device) -> bool:
-        return device == torch.device("cpu") or self._staging.devices(str(device)) is not None
-
-    def _rows_for(self, passing: Passing) -> list[PlanRow | FusedRow]:
-        """The rows of what a hook brings, bound for where it computes."""
-        device, rows = str(passing.device), []
-        for name in passing.names:
-            row = self._rows_of_files.get(self._same_as.get(name, name))
-            if row is not None:
-                is_staged = self._staging.devices(device) is not None
-                rows.append(
-                    row._replace(fqn=name, device=device, action=Action.MOVE) if is_staged else row._replace(fqn=name)
-                )
-        return rows
+        reached = {prefix: one for prefix, one in found.items() if is_reached(one.device, self._staging)}
+        if self._rows_of_files and reached:
+            rows_of_files, same_as = self._rows_of_files, self._same_as
+            bring_by_blocks(
+                model, reached, lambda name: rows_of_files.get(same_as.get(name, name)), self._staging, self._held
+            )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._in_memory.get(name)

@@ -126,7 +126,7 @@ def place_weights(
             pieces = [piece.spec for row in weights.plan.fused for piece in row.spec.pieces]
             opened.checkpoint.read_ahead(specs + [spec for spec in pieces if spec.view is None])
         weights, rows_left, left = split_plan(weights, left)
-        arrivals = Arrivals(modules, weights.plan, how, model.all_tied_weights_keys)
+        arrivals = Arrivals(modules, weights.plan, how, model.all_tied_weights_keys, staging)
     info = _info(wanted, weights)
     info.unexpected_keys.update(opened.others)
     with clock("place"):
@@ -146,7 +146,7 @@ def place_weights(
     n_tensors = len(opened.specs) - len(renamed.unexpected)
     report = _report(asked, opened, info, done, n_tensors, clock, before_bytes)
     remember_report(model, report if disk is None else replace(report, notes=(*report.notes, *disk.notes)))
-    return info, disk, partial(arrivals.begin, model, done.open_file, staging)
+    return info, disk, partial(arrivals.begin, model, done.open_file)
 
 
 def _verify(opened: _Opened) -> None:

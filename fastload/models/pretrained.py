@@ -24,13 +24,7 @@ from fastload.models.splitting import device_on, mesh_asked_for, split
 from fastload.options import Durability, FileOptions, HubOptions, LoadOptions, parse_dtype, reject_unknown
 from fastload.pauses import paused_collector
 from fastload.placement.device import Staging, begin_pinning
-from fastload.placement.device_map import (
-    DeviceMapArgument,
-    dispatch,
-    named_devices,
-    remainder_as_budget,
-    resolve_device_map,
-)
+from fastload.placement.device_map import DeviceMapArgument, lay_out, named_devices
 from fastload.plan.keys import KeyRules
 from fastload.plan.slots import walk_modules
 from fastload.plan.tensor_parallel import TensorParallelPlan
@@ -176,22 +170,18 @@ class PretrainedLoading:
                     model: Any = cls(config, *model_args, **model_options)  # type: ignore[call-arg]
                 if mesh is not None:
                     split(model, mesh, tp_plan)
-                devices = resolve_device_map(model, device_map, max_memory, config.dtype)
-                placed_on = devices
-                if isinstance(device_map, str) and memory_budget is None:
-                    placed_on, memory_budget = remainder_as_budget(model, devices, config.dtype)
-                if "disk" in placed_on.values() and memory_budget is None:
-                    memory_budget = (max_memory or {}).get("cpu")
+                layout = lay_out(model, device_map, max_memory, config.dtype, memory_budget, ())
             options = LoadOptions(
                 dtype=parse_dtype(config.dtype),
-                device_map={name: "cpu" if device == "disk" else device for name, device in placed_on.items()},
+                device_map=layout.placed_on,
+                is_dispatched=layout.is_dispatched,
                 strict=strict,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 key_mapping=key_mapping,
                 detached=detached,
                 lazy=lazy,
                 stream=stream,
-                memory_budget_bytes=parse_memory_budget(memory_budget),
+                memory_budget_bytes=parse_memory_budget(layout.memory_budget),
                 pinned_bytes=pinned_bytes,
                 dedup=dedup,
             )
@@ -210,8 +200,7 @@ class PretrainedLoading:
         model.name_or_path = config.name_or_path = os.fspath(path)
         model._read_companions(path, files, pinned(hub, checkpoint.files[0]))
         if device_map is not None:
-            model.hf_device_map = devices
-            dispatch(model, placed_on)
+            model.hf_device_map = layout.devices
         _warn_of_keys(cls.__name__, report)
         return (model, _loading_info(report)) if output_loading_info else model
 
@@ -256,9 +245,10 @@ class PretrainedLoading:
         """
         from fastload.distributed.detection import are_laid_out, is_first_rank
         from fastload.saver import save_checkpoint
+        from fastload.saving import with_offloaded
 
         model: Any = self
-        tensors = model.state_dict() if state_dict is None else state_dict
+        tensors = with_offloaded(model, model.state_dict() if state_dict is None else state_dict)
         is_together = are_laid_out(tensors.values())
         if not (is_main_process or is_together):
             return None

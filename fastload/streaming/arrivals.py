@@ -19,6 +19,7 @@ from fastload.storage.memory import available_bytes
 from fastload.streaming.blocks import find_units
 from fastload.streaming.budget import Budget, Division, divide
 from fastload.streaming.deferring import Deferred
+from fastload.streaming.passing import install_hooks, names_passing
 
 __all__ = ["Arrivals", "parse_memory_budget", "wait"]
 
@@ -62,6 +63,7 @@ class Arrivals:
         plan: the plan of the load.
         options: what the caller asked for.
         tied: name -> the first name of the same parameter.
+        staging: how rows reach accelerators.
 
     Raises:
         OptionError: the memory budget is smaller than what must be in memory at one time; weights for several devices
@@ -69,12 +71,24 @@ class Arrivals:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], plan: LoadPlan, options: LoadOptions, tied: Mapping[str, str | None]
+        self,
+        modules: Mapping[str, nn.Module],
+        plan: LoadPlan,
+        options: LoadOptions,
+        tied: Mapping[str, str | None],
+        staging: Staging,
     ) -> None:
         self._modules = modules
         self._options = options
         self._later = LoadPlan((), plan.keys)
         self._division: Division | None = None
+        self._staging = staging
+        self._passing: frozenset[str] = frozenset()
+        # Names of one parameter that the files have several times must be compared, and so be there.
+        n_rows = Counter(tied.get(row.fqn) or row.fqn for row in plan.all_rows)
+        self._compared = {fqn for fqn in tied if n_rows[tied.get(fqn) or fqn] > 1}
+        if options.is_dispatched:
+            self._passing = names_passing(modules, plan, options.device_map, tied, staging) - self._compared
         if not options.is_deferred and options.memory_budget_bytes is None:
             return
         devices = {row.device for row in plan.all_rows if row.device}
@@ -93,14 +107,11 @@ class Arrivals:
         self._first = {row.fqn for row in plan.all_rows if first in (row.fqn, tied.get(row.fqn))}
         if options.memory_budget_bytes is not None:
             self._division = divide(modules, plan, self._units, options.memory_budget_bytes)
-        # Names of one parameter that the files have several times must be compared, and so be there.
-        n_rows = Counter(tied.get(row.fqn) or row.fqn for row in plan.all_rows)
-        self._compared = {fqn for fqn in tied if n_rows[tied.get(fqn) or fqn] > 1}
 
     @property
     def reads_all(self) -> bool:
         """Whether the load may have all weights in memory at one time, as those of network files that it reads."""
-        return self._division is None
+        return self._division is None and not self._passing
 
     def split(self, plan: LoadPlan) -> tuple[LoadPlan, LoadPlan]:
         """The part of a plan that is placed by the load, and the part that arrives afterwards."""
@@ -109,6 +120,8 @@ class Arrivals:
         elif self._division is not None:
             rows = [row for unit in self._division.passing for row in self._division.rows[unit]]
             later = {row.fqn for row in rows if row.action not in _MAPPED}
+        elif self._passing:
+            later = set(self._passing)
         else:
             return plan, self._later
         later -= self._compared
@@ -125,13 +138,15 @@ class Arrivals:
         self._later = parts[1]
         return parts[0], parts[1]
 
-    def begin(self, model: nn.Module, open_file: Callable[[str], MappedFile], staging: Staging) -> tuple[str, ...]:
+    def begin(self, model: nn.Module, open_file: Callable[[str], MappedFile]) -> tuple[str, ...]:
         """Let the later part arrive; the model is finished but for it. Returns notes on how."""
+        if self._options.is_dispatched:
+            return install_hooks(model, self._options.device_map, self._later, open_file, self._staging)
         if self._division is not None:
             if self._division.passing or self._division.experts:
-                Budget(self._modules, self._division, open_file, staging)
+                Budget(self._modules, self._division, open_file, self._staging)
         elif self._options.is_deferred:
-            deferred = Deferred(self._modules, self._later, open_file, self._units, staging)
+            deferred = Deferred(self._modules, self._later, open_file, self._units, self._staging)
             notes = deferred.bring_in_background() if self._options.stream else ()
             _DEFERRED[model] = deferred
             return notes

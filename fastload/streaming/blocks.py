@@ -9,7 +9,7 @@ from torch import nn
 
 from fastload.errors import BlockError
 
-__all__ = ["REST", "Units", "block_error", "find_units"]
+__all__ = ["REST", "Units", "block_classes", "block_error", "find_units"]
 
 # The unit of everything that is in no block: embeddings, the last norm, heads.
 REST = ""
@@ -48,6 +48,11 @@ def find_units(modules: Mapping[str, nn.Module]) -> Units:
                 of_module[block] = block
                 names.append(block)
     return Units(tuple(names), of_module)
+
+
+def block_classes(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the classes whose modules are blocks."""
+    return {type(modules[unit]).__name__ for unit in find_units(modules).names if unit != REST}
 
 
 def _repeats(module: nn.Module) -> bool:
