@@ -23,7 +23,18 @@ from fastload.storage.ring import Ring, pin_ahead
 from fastload.storage.staging import Transfer, typed
 from fastload.storage.windows import Windows
 
-__all__ = ["Staged", "Staging", "begin_pinning", "has_staged_rows", "place_on_devices", "stage", "stage_all"]
+__all__ = [
+    "Prepared",
+    "Staged",
+    "Staging",
+    "begin_all",
+    "begin_pinning",
+    "has_staged_rows",
+    "place_on_devices",
+    "prepare_all",
+    "stage",
+    "stage_all",
+]
 
 Row = PlanRow | FusedRow
 
@@ -65,6 +76,18 @@ class Staging(NamedTuple):
                 fix="pass a larger pinned_memory, or none for the usual size",
             )
         return n_slots
+
+
+class Prepared(NamedTuple):
+    """What staging is to do, as often as it is begun.
+
+    Attributes:
+        device: where to.
+        plan: the memory there, and the chunks that fill it.
+    """
+
+    device: Device
+    plan: StagingPlan
 
 
 class Staged(NamedTuple):
@@ -148,9 +171,21 @@ def stage(
     Raises:
         DeviceMemoryError: the device has too little memory; nothing has begun.
     """
+    return _begin(_prepare(rows, device, staging, group_of), staging, existing or {}, advance)
+
+
+def _prepare(rows: Iterable[Row], device: Device, staging: Staging, group_of: Callable[[str], int]) -> Prepared:
+    return Prepared(device, plan_staging(wanted_of(rows, group_of, lambda row: not row.device), staging.limits))
+
+
+def _begin(
+    prepared: Prepared,
+    staging: Staging,
+    held: Mapping[str, torch.Tensor],
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> Staged:
+    device, plan = prepared
     n_slots = staging.n_slots
-    held = existing or {}
-    plan = plan_staging(wanted_of(rows, group_of, lambda row: not row.device), staging.limits)
     # What is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         buffers, scratch = _memory(plan, device, held)
@@ -182,10 +217,21 @@ def stage_all(rows: Iterable[Row], staging: Staging, group_of: Callable[[str], i
     Raises:
         DeviceMemoryError: an accelerator has too little memory. All that was taken is free again.
     """
+    return begin_all(prepare_all(rows, staging, group_of), staging)
+
+
+def prepare_all(rows: Iterable[Row], staging: Staging, group_of: Callable[[str], int]) -> tuple[Prepared, ...]:
+    """What `stage_all` would begin, for `begin_all`."""
+    by_device = _by_device(rows, staging, {}).values()
+    return tuple(_prepare(of_device, device, staging, group_of) for device, of_device in by_device)
+
+
+def begin_all(prepared: Iterable[Prepared], staging: Staging) -> tuple[Staged, ...]:
+    """Begin what was prepared: as `stage_all`, each time with memory of its own."""
     under_way: list[Staged] = []
     try:
-        for device, of_device in _by_device(rows, staging, {}).values():
-            under_way.append(stage(of_device, device, staging, group_of=group_of))
+        for one in prepared:
+            under_way.append(_begin(one, staging, {}))  # noqa: PERF401 - what has begun ends if another fails
     except BaseException:
         for staged in under_way:
             staged.transfer.cancel()

@@ -10,13 +10,14 @@ import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastload.errors import DeviceMemoryError, FastloadError
-from fastload.placement.device import Staged, Staging, stage_all
+from fastload.placement.device import Prepared, Staged, Staging, begin_all, prepare_all
 from fastload.plan.rows import FusedRow, PlanRow
+from fastload.storage.readahead import Extent
 from fastload.streaming.blocks import block_error
 from fastload.streaming.pages import extents_of
 from fastload.streaming.reading import Descriptors, ask_for, joined
@@ -25,6 +26,13 @@ __all__ = ["Ahead"]
 
 _LOG = logging.getLogger("fastload")
 _ONE_GROUP = 0
+
+
+class _Unit(NamedTuple):
+    """How a unit is brought: what is staged, and what is read into the page cache."""
+
+    staged: tuple[Prepared, ...]
+    read: list[Extent]
 
 
 class Ahead:
@@ -43,6 +51,7 @@ class Ahead:
         self._next = dict(zip(order, order[1:] + order[:1], strict=True))
         self._staging = staging.for_blocks()._replace(path_of=files.path_of)
         self._files = files
+        self._units: dict[str, _Unit] = {}
         self._coming: dict[str, tuple[Staged, ...]] = {}
         self._lock = threading.Lock()
         self._unit = ""
@@ -94,12 +103,18 @@ class Ahead:
             staged.transfer.wait()
 
     def _begin(self, unit: str) -> tuple[Staged, ...]:
-        staged = stage_all(self._rows[unit], self._staging, lambda fqn: _ONE_GROUP)
-        on_devices = {name for one in staged for name in one.tensors}
-        rows = [row for row in self._rows[unit] if row.fqn not in on_devices]
-        for extent in joined(extent for row in rows for extent in extents_of(row)):
+        if unit not in self._units:
+            self._units[unit] = self._planned(self._rows[unit])
+        staged = begin_all(self._units[unit].staged, self._staging)
+        for extent in self._units[unit].read:
             ask_for(extent, self._files)
         return staged
+
+    def _planned(self, rows: Sequence[PlanRow | FusedRow]) -> _Unit:
+        staged = prepare_all(rows, self._staging, lambda fqn: _ONE_GROUP)
+        on_devices = {name for one in staged for wanted in one.plan.wanted for name in wanted.names}
+        read = joined(extent for row in rows if row.fqn not in on_devices for extent in extents_of(row))
+        return _Unit(staged, read)
 
     def _begin_ahead(self, unit: str) -> None:
         """Begin a unit before it is used. Whatever is in the way of that is told when it is used."""

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fastload.errors import OptionError
-from fastload.placement.device import Staged, Staging, stage_all
+from fastload.placement.device import Prepared, Staged, Staging, begin_all, prepare_all
 from fastload.placement.placing import place_all
 from fastload.plan.rows import Action, FusedRow, LoadPlan, PlanRow
 from fastload.reports import format_bytes
@@ -189,6 +189,7 @@ class Budget:
         self._coming: dict[str, _Coming] = {}
         weakref.finalize(self, _cancel, self._coming)
         self._made: dict[str, list[Row]] = {}
+        self._prepared: dict[str, tuple[Prepared, ...]] = {}
         self._places: dict[str, list[Place]] = {}
         self._mapped: dict[str, list[_Watched]] = {}
         # Threads that may run forward at once have the weights of a unit until the last of them has left it.
@@ -281,7 +282,9 @@ class Budget:
 
     def _begin(self, unit: str) -> _Coming:
         """Begin to bring a unit. Two are under way or in use at a time: one is filled while the other computes."""
-        staged = stage_all(self._made[unit], self._staging, lambda fqn: _ONE_GROUP)
+        if unit not in self._prepared:
+            self._prepared[unit] = prepare_all(self._made[unit], self._staging, lambda fqn: _ONE_GROUP)
+        staged = begin_all(self._prepared[unit], self._staging)
         on_devices = {name for one in staged for name in one.tensors}
         rows = (row for row in self._rows[unit] if row.fqn not in on_devices)
         return _Coming(self._reader.read(extent for row in rows for extent in extents_of(row)), staged)
