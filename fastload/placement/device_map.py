@@ -284,10 +284,12 @@ def _device_name(device: str | int | torch.device) -> str:
             expected=f"a device, 'disk', or one of {', '.join(_STRATEGIES)}",
             found=repr(device),
         ) from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    accelerator = torch.accelerator.current_accelerator()
+    kind, n_devices = (accelerator.type, torch.accelerator.device_count()) if accelerator else ("cuda", 0)
+    if found.type != "cpu" and (found.type != kind or (found.index or 0) >= n_devices):
         raise OptionError(
             "device_map names a device that this machine does not have",
-            expected=f"one of {torch.cuda.device_count()} CUDA devices, or 'cpu'",
+            expected=f"one of {n_devices} {kind} devices, or 'cpu'",
             found=str(found),
         )
     return str(found)

@@ -117,14 +117,21 @@ def add_hooks(
         for own, buffer in list(module.named_buffers(recurse=is_whole)):
             _put(module, own, _on(main, buffer, moved))
         if hook.offload:
-            found[name] = Passing(module, hook, [f"{name}.{own}" for own, _ in _tensors(module, hook)])
-            hook.original_devices = {own: torch.device("cpu") for own, _ in _tensors(module, hook)}
-            for own, tensor in _tensors(module, hook):
-                if not tensor.is_meta:
-                    staying = _staying(tensor, moved)
-                    in_memory[f"{name}.{own}"] = (tensor if staying is None else staying).detach()
-                    _put(module, own, _on("meta", tensor, moved) if staying is None else staying)
+            found[name] = _at_rest(name, module, hook, in_memory, moved)
     return found
+
+
+def _at_rest(name: str, module: nn.Module, hook: Any, in_memory: dict[str, torch.Tensor], moved: _Moved) -> Passing:
+    """Have a module lie as it does between forwards. What of it has memory is kept elsewhere."""
+    held = _tensors(module, hook)
+    for own, tensor in held:
+        if not tensor.is_meta:
+            staying = _staying(tensor, moved)
+            in_memory[f"{name}.{own}"] = (tensor if staying is None else staying).detach()
+            _put(module, own, _on("meta", tensor, moved) if staying is None else staying)
+    # Where what takes a hook away puts the weights.
+    hook.original_devices = {own: torch.device("cpu") for own, _ in held}
+    return Passing(module, hook, [f"{name}.{own}" for own, _ in held])
 
 
 def replace_hooks(found: Iterable[tuple[str, str, Passing]], take: Take, *, keep_ties: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 import fastload
 from fastload import hf
 from tests.cold import make_cold, wait_for_no_threads
+from tests.streaming.stacks import TOKENS, names_on_meta, on_meta, output, write_stack
 
 pytestmark = pytest.mark.gpu
 
@@ -85,12 +86,13 @@ def test_what_does_not_fit_passes_through_the_device(folder: Path) -> None:
         assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("face", [fastload, hf])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_blocks_beside_the_device_come_to_a_model_of_transformers(folder: Path, place: str) -> None:
-    expected = logits(hf.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype="float32"))
+def test_blocks_beside_the_device_come_to_it(folder: Path, place: str, face: Any) -> None:
+    expected = logits(face.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE, dtype="float32"))
     device_map: dict[str, int | str] = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb"], 0)
     device_map |= {f"model.layers.{number}": 0 if number < 3 else place for number in range(8)} | {"lm_head": place}
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype="float32")
+    model = face.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype="float32")
     for _ in range(3):
         assert torch.equal(logits(model), expected)
         assert {name for name, one in model.named_parameters() if one.is_meta} == {
@@ -99,6 +101,16 @@ def test_blocks_beside_the_device_come_to_a_model_of_transformers(folder: Path, 
     del model
     gc.collect()
     wait_for_no_threads()
+
+
+def test_blocks_beside_the_device_come_to_any_module(tmp_path: Path) -> None:
+    write_stack(tmp_path / "model.safetensors")
+    ordinary, model = on_meta(), on_meta()
+    fastload.load_model(ordinary, tmp_path, device=DEVICE)
+    fastload.load_model(model, tmp_path, device_map={"": 0, "embed": "cpu", "blocks.1": "disk", "blocks.4": "cpu"})
+    for _ in range(3):
+        assert {name.rpartition(".")[0] for name in names_on_meta(model)} >= {"embed", "blocks.1.up", "blocks.4.down"}
+        assert torch.equal(output(model), output(ordinary, TOKENS.to(DEVICE)).cpu())
 
 
 PASSING = (*(f"model.layers.{number}." for number in range(3, 8)), "lm_head.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -273,6 +273,40 @@ def test_a_native_model_computes_and_is_saved_as_without_a_map(
     assert not waits(model)
 
 
+def test_what_no_file_has_passes_too(tmp_path: Path, device: CountingDevice) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    config = fastload.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    fastload.LlamaModel(config).save_pretrained(tmp_path / "base")
+    model_class = fastload.LlamaForSequenceClassification
+    model = model_class.from_pretrained(tmp_path / "base", device_map={"model": ACCELERATOR, "score": "cpu"})
+    assert names_on_meta(model) == {"score.weight"}
+    prompt = torch.arange(3, 9)[None]
+    expected = output(model, prompt)
+    model.save_pretrained(tmp_path / "whole")
+    for loaded in (model, model_class.from_pretrained(tmp_path / "whole")):
+        assert same_bytes(output(loaded, prompt), expected)
+
+
+def test_beside_an_accelerator_that_staging_does_not_reach_weights_come_from_memory(stack: Path) -> None:
+    ordinary, model = on_meta(), on_meta()
+    fastload.load_model(ordinary, stack)
+    report = fastload.load_model(model, stack, device_map=STACK_MAPS["every other block"])
+    assert not any("stay in the files" in note for note in report.notes)
+    for _ in range(2):
+        assert names_on_meta(model) == meant_elsewhere(model, STACK_MAPS["every other block"])
+        assert same_bytes(output(model), output(ordinary))
+
+
+def test_without_hooks_a_module_is_as_others(stack: Path, device: CountingDevice) -> None:
+    ordinary, model = on_meta(), on_meta()
+    fastload.load_model(ordinary, stack)
+    fastload.load_model(model, stack, device_map=STACK_MAPS["every other block"])
+    output(model)
+    remove_hook_from_submodules(model)
+    assert not names_on_meta(model)
+    assert same_bytes(output(model), output(ordinary))
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -280,6 +314,7 @@ def test_a_native_model_computes_and_is_saved_as_without_a_map(
         ({"device_map": {"embed": ACCELERATOR, "blocks": "cpu"}}, r"head\.weight|scale"),
         ({"device_map": {"": "cuda:99"}}, "cuda:99"),
         ({"device_map": {"": "warp"}}, "warp"),
+        ({"device_map": {"": "cpu", "head": "xla:1"}}, "xla:1"),
         ({"device_map": "everywhere"}, "everywhere"),
         ({"device_map": "cpu", "device": "cpu"}, "device"),
         ({"max_memory": {"cpu": "1GB"}}, "device_map='auto'"),
