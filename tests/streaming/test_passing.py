@@ -46,15 +46,20 @@ STACK_MAPS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, CountingDevice]]:
-    """What staging reaches. No thread is left behind."""
-    devices = {name: CountingDevice(name) for name in (ACCELERATOR, SECOND)}
-    monkeypatch.setitem(fastload.loader.fill_module.__kwdefaults__, "devices", devices.get)
-    yield devices
+@pytest.fixture(autouse=True, scope="module")
+def no_thread_is_left_behind() -> Iterator[None]:
+    yield
     gc.collect()
     wait_for_no_threads()
     free_pinned_memory()
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, CountingDevice]:
+    """What staging reaches."""
+    devices = {name: CountingDevice(name) for name in (ACCELERATOR, SECOND)}
+    monkeypatch.setitem(fastload.loader.fill_module.__kwdefaults__, "devices", devices.get)
+    return devices
 
 
 @pytest.fixture
