@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from fastload.files import load_file as load_file
     from fastload.files import safe_open as safe_open
     from fastload.files import save_file as save_file
+    from fastload.filling import report as report
     from fastload.loader import load_model as load_model
     from fastload.loader import load_state_dict as load_state_dict
-    from fastload.loader import report as report
     from fastload.models.auto import AutoConfig as AutoConfig
     from fastload.models.auto import AutoModel as AutoModel
     from fastload.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
@@ -195,7 +195,7 @@ _HOMES = {
     "load_state_dict": "fastload.loader",
     "open_checkpoint": "fastload.checkpoint",
     "prefetch": "fastload.prefetching",
-    "report": "fastload.loader",
+    "report": "fastload.filling",
     "safe_open": "fastload.files",
     "save_file": "fastload.files",
     "save_model": "fastload.saving",

@@ -9,7 +9,7 @@ from fastload.cli.arguments import Where
 from fastload.cli.native import native_class
 from fastload.cli.output import print_json, print_line
 from fastload.dtypes import DType, to_torch
-from fastload.loader import report
+from fastload.filling import report
 from fastload.placement.cpu import place
 from fastload.plan.planning import plan_state_dict
 from fastload.reports import LoadReport, Stopwatch

@@ -137,7 +137,7 @@ class _Clock:
 
 def _stages_ms(model: Any) -> dict[str, float] | None:
     from fastload.errors import OptionError
-    from fastload.loader import report
+    from fastload.filling import report
 
     try:
         return report(model).stages_ms

@@ -19,13 +19,13 @@ from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
 from fastload.dtypes import to_torch
 from fastload.errors import OptionError
+from fastload.filling import remember_report
 from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.specs import TensorSpec
 from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_left, split_plan, without_file
 from fastload.hf.planning import Part, WeightPlan, dtype_finder, plan_weights
 from fastload.hf.renaming import Source, rename_keys
 from fastload.hf.sources import GivenTensors, open_files
-from fastload.loader import remember_report
 from fastload.options import LoadOptions
 from fastload.placement.device import Staging, has_staged_rows
 from fastload.placement.modules import give

@@ -16,7 +16,8 @@ from torch import nn
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import to_torch
 from fastload.errors import OptionError
-from fastload.loader import fill_module, parse_pinned_memory, ranks_of_machine
+from fastload.filling import fill_module, ranks_of_machine
+from fastload.loader import parse_pinned_memory
 from fastload.models.config import PreTrainedConfig
 from fastload.models.config_file import find_config_file
 from fastload.models.skeleton import skeleton

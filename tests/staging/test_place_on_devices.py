@@ -19,7 +19,7 @@ from fastload.checkpoint import Checkpoint, open_checkpoint
 from fastload.detaching import detach
 from fastload.dtypes import DTYPES
 from fastload.errors import DeviceMemoryError, OptionError, TruncatedFileError
-from fastload.loader import fill_module
+from fastload.filling import fill_module
 from fastload.options import LoadOptions, parse_dtype
 from fastload.placement.device import Staging, begin_pinning, place_on_devices
 from fastload.placement.placing import place_all

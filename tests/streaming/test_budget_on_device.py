@@ -17,7 +17,7 @@ import fastload
 from fastload.checkpoint import open_checkpoint
 from fastload.dtypes import from_torch
 from fastload.errors import BlockError
-from fastload.loader import fill_module
+from fastload.filling import fill_module
 from fastload.options import LoadOptions
 from fastload.placement.device_map import remainder_as_budget
 from fastload.reports import Stopwatch

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastload
-import fastload.loader
+import fastload.filling
 import fastload.placement.device_map
 from fastload.errors import BlockError, OptionError
 from fastload.placement.device_map import lay_out
@@ -58,7 +58,7 @@ def no_thread_is_left_behind() -> Iterator[None]:
 def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, CountingDevice]:
     """What staging reaches."""
     devices = {name: CountingDevice(name) for name in (ACCELERATOR, SECOND)}
-    monkeypatch.setitem(fastload.loader.fill_module.__kwdefaults__, "devices", devices.get)
+    monkeypatch.setitem(fastload.filling.fill_module.__kwdefaults__, "devices", devices.get)
     return devices
 
 

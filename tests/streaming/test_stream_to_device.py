@@ -17,7 +17,7 @@ import fastload
 from fastload.checkpoint import open_checkpoint
 from fastload.dtypes import from_torch
 from fastload.errors import BlockError, DeviceMemoryError, OptionError
-from fastload.loader import fill_module
+from fastload.filling import fill_module
 from fastload.options import LoadOptions
 from fastload.reports import LoadReport, Stopwatch
 from fastload.storage.devices import CpuDevice
