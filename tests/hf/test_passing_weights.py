@@ -160,6 +160,8 @@ def test_the_next_block_is_on_its_way_while_one_computes(folder_of: FolderOf, de
 
 
 @pytest.mark.parametrize("places", ["all but the head", "some here and some there"])
+# transformers 5.17 takes the device of the first parameter for the model's, with accelerate's hooks as with these.
+@pytest.mark.filterwarnings("ignore:You are calling .generate")
 def test_texts_are_generated(folder_of: FolderOf, device: CountingDevice, places: str) -> None:
     prompt = {"input_ids": torch.arange(3, 9)[None], "max_new_tokens": 5, "do_sample": False}
     expected = Llama.from_pretrained(folder_of(Llama)).generate(**prompt)
