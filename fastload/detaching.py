@@ -38,11 +38,16 @@ def detach(model: nn.Module) -> int:
     with torch.no_grad():
         for cluster in find_clusters(standing):
             tensors = [standing[key] for key in cluster.keys]
-            for tensor, moved in zip(tensors, rehouse(cluster, tensors, copy=True), strict=True):
+            if len(tensors) == 1 and tensors[0].nbytes < cluster.n_bytes:
+                # Rows that lie apart in the file, as a rank's part may have: what is between them is not the model's.
+                copies = [tensors[0].clone(memory_format=torch.contiguous_format)]
+            else:
+                copies = rehouse(cluster, tensors, copy=True)
+            for tensor, moved in zip(tensors, copies, strict=True):
                 tensor.data = moved
                 if tensor._is_view():
                     views[id(tensor)] = tensor.data
-            n_copied += cluster.n_bytes
+            n_copied += min(cluster.n_bytes, sum(copied.nbytes for copied in copies))
     _replace(model, views)
     return n_copied
 

@@ -26,6 +26,7 @@ from fastload.options import LoadOptions
 from fastload.placement.device import Staging, has_staged_rows
 from fastload.placement.network import read_apart
 from fastload.placement.placing import place_all
+from fastload.placement.slices import use_where_they_lie
 from fastload.plan.keys import KeyRules
 from fastload.plan.planning import plan_model
 from fastload.plan.rows import Action, LoadPlan
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from fastload.distributed.exchanging import ReadTogether
     from fastload.distributed.node import Node
 
-__all__ = ["fill_module", "ranks_of_machine", "remember_report", "report"]
+__all__ = ["fill_module", "ranks_of_machine", "remember_report", "report", "with_views"]
 
 _REPORTS: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
 
@@ -83,7 +84,7 @@ def fill_module(
             raise incomplete("the files do not have these parameters, and the module has no values for them", empty)
         arrivals = Arrivals(modules, plan, options, {fqn: slot.tied_to for fqn, slot in slots.items()}, staging)
     with clock("place"):
-        placed = _place(module, modules, slots, plan, checkpoint, arrivals, staging, node, source)
+        placed = _place(module, modules, slots, plan, checkpoint, arrivals, staging, node, options, source)
     with clock("finish"):
         notes = [*checkpoint.notes, *placed.notes]
         notes += finish(modules, slots, placed.plan, placed.tensors, empty, options, rules, initialise)
@@ -144,6 +145,7 @@ def _place(
     arrivals: Arrivals,
     staging: Staging,
     node: Node | None,
+    options: LoadOptions,
     source: str,
 ) -> _Placed:
     """The tensors of a module: what ranks read for each other, then what is this process's own."""
@@ -152,9 +154,11 @@ def _place(
     shared = None if node is None else _read_together(node, plan, checkpoint, existing)
     own = plan if shared is None else shared.left
     is_part = any(slot.box for slot in slots.values())
+    if is_part and not options.detached:
+        own = with_views(own, modules, checkpoint)
     if is_part or node is not None:
         # What lies between is another rank's, and not read ahead.
-        in_one_run = [row.spec for row in own.rows if row.action is not Action.SLICE]
+        in_one_run = [row.spec for row in own.rows if row.action not in (Action.SLICE, Action.STRIDE)]
         checkpoint.read_ahead(in_one_run, nothing_between=True)
     open_file: Callable[[str], MappedFile] = checkpoint.open_file
     if arrivals.reads_all:
@@ -210,6 +214,13 @@ def report(model: nn.Module) -> LoadReport:
 def remember_report(model: nn.Module, report: LoadReport) -> None:
     """Have `report` give this one, for as long as the model lives."""
     _REPORTS[model] = report
+
+
+def with_views(plan: LoadPlan, modules: Mapping[str, nn.Module], checkpoint: Checkpoint) -> LoadPlan:
+    """The plan for a rank's parts, with views of warm files where nobody minds their strides."""
+    from fastload.distributed.layouts import may_have_strides
+
+    return use_where_they_lie(plan, checkpoint) if may_have_strides(modules) else plan
 
 
 def _read_together(

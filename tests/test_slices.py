@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import fastload
 from fastload.checkpoint import Checkpoint
 from fastload.dtypes import DTYPES
 from fastload.placement import slices
-from fastload.placement.slices import place_slices
+from fastload.placement.cpu import place
+from fastload.placement.slices import place_slices, use_where_they_lie
 from fastload.plan.boxes import Box, narrow
 from fastload.plan.keys import KeyMatch
 from fastload.plan.rows import Action, LoadPlan, PlanRow
+from fastload.storage.memory import private_bytes
 from fastload.storage.reading import ReadFile
 from fastload.storage.residency import residency
 from tests.cold import make_cold, resident, wait_for_no_threads
@@ -59,6 +63,46 @@ def test_columns_are_those_of_the_whole(
     assert same_bytes(placed["weight"], expected)
     assert placed["weight"].untyped_storage().nbytes() == expected.nbytes
     assert bool(notes) == is_cold
+
+
+def in_place(checkpoint: Checkpoint, plan: LoadPlan) -> bool:
+    return use_where_they_lie(plan, checkpoint).rows[0].action is Action.STRIDE
+
+
+def test_columns_of_a_warm_file_are_used_where_they_lie(checkpoint: Checkpoint, tensor: torch.Tensor) -> None:
+    plan = use_where_they_lie(columns(checkpoint), checkpoint)
+    before = private_bytes() or 0
+    placed = place(plan, checkpoint.open_file)["weight"]
+    assert same_bytes(placed, tensor[:, 4096:8192])
+    assert placed.stride() == (16384, 1)
+    assert (private_bytes() or 0) - before < 1 << 20
+    assert plan.bytes_by_action() == {"stride": 512 * 4096 * 4}
+    inputs = torch.randn(3, 4096)
+    assert torch.equal(inputs @ placed.T, inputs @ placed.contiguous().T)
+
+
+def test_columns_are_copied_where_the_file_is_cold(checkpoint: Checkpoint) -> None:
+    make_cold(checkpoint.files[0])
+    assert not in_place(checkpoint, columns(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "how", [{"dtype": "BF16"}, {"device": "meta"}, {"device": ""}, {"box": Box((0, 4096), (512, 511))}]
+)
+def test_columns_that_are_converted_moved_filled_or_short_are_copied(checkpoint: Checkpoint, how: Any) -> None:
+    assert in_place(checkpoint, columns(checkpoint))
+    assert not in_place(checkpoint, columns(checkpoint, **how))
+
+
+def test_detached_columns_have_memory_of_their_own_size(checkpoint: Checkpoint, tensor: torch.Tensor) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(
+        place(use_where_they_lie(columns(checkpoint), checkpoint), checkpoint.open_file)["weight"]
+    )
+    assert fastload.detach(module) == 512 * 4096 * 4
+    assert module.weight.is_contiguous()
+    assert module.weight.untyped_storage().nbytes() == 512 * 4096 * 4
+    assert same_bytes(module.weight, tensor[:, 4096:8192])
 
 
 def test_columns_fill_memory_that_is_there(checkpoint: Checkpoint, tensor: torch.Tensor) -> None:

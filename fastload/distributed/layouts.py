@@ -8,6 +8,7 @@ ever whole.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TypeVar, cast
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fastload.errors import OptionError
 from fastload.plan.boxes import Box, Joined, Split, box_of, joined_of
 
-__all__ = ["boxes_of", "device_on", "like", "local", "mesh_device", "part_of", "parts_of"]
+__all__ = ["boxes_of", "device_on", "like", "local", "may_have_strides", "mesh_device", "part_of", "parts_of"]
 
 Part = TypeVar("Part", Box, Joined)
 
@@ -42,6 +43,15 @@ def boxes_of(modules: Mapping[str, nn.Module]) -> dict[str, Box]:
 def parts_of(modules: Mapping[str, nn.Module]) -> dict[str, Box | Joined]:
     """As `boxes_of`, and boxes side by side of those that are split by groups, as packed projections are."""
     return {fqn: part_of(fqn, tensor) for fqn, tensor in _dtensors(modules)}
+
+
+def may_have_strides(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the parts of walked modules may have strides of their own.
+
+    `fully_shard` takes the part of a parameter for one run of memory, from which it sends.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in modules.values())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

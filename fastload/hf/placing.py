@@ -19,7 +19,7 @@ from fastload.checkpoint import Checkpoint
 from fastload.detaching import detach
 from fastload.dtypes import to_torch
 from fastload.errors import OptionError
-from fastload.filling import remember_report
+from fastload.filling import remember_report, with_views
 from fastload.formats.checksums import CHECKSUMS
 from fastload.formats.specs import TensorSpec
 from fastload.hf.offloading import Convert, DiskWeights, OpenFile, names_left, split_plan, without_file
@@ -121,8 +121,10 @@ def place_weights(
         parts = _parts_of(modules, asked)
         weights = plan_weights(renamed, opened.specs, wanted, model.config, dtype_of, device_of, parts)
         if parts and opened.checkpoint is not None:
+            weights = replace(weights, plan=with_views(weights.plan, modules, opened.checkpoint))
             # What lies between the rows of a slice is another rank's.
-            specs = [row.spec for row in weights.plan.rows if row.action is not Action.SLICE]
+            apart = (Action.SLICE, Action.STRIDE)
+            specs = [row.spec for row in weights.plan.rows if row.action not in apart]
             pieces = [piece.spec for row in weights.plan.fused for piece in row.spec.pieces]
             opened.checkpoint.read_ahead(specs + [spec for spec in pieces if spec.view is None])
         weights, rows_left, left = split_plan(weights, left)

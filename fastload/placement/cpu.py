@@ -37,9 +37,9 @@ def place(
     cast: list[PlanRow] = []
     moved: list[PlanRow] = []
     apart: list[PlanRow] = []
-    as_mapped, as_cast = Action.MAP, Action.CAST  # looking them up costs 0.1 us a row
+    as_mapped, as_cast, as_stride = Action.MAP, Action.CAST, Action.STRIDE  # looking them up costs 0.1 us a row
     for row in plan.rows:
-        if row.action is as_mapped:
+        if row.action is as_mapped or row.action is as_stride:
             mapped.setdefault(row.spec.region.file, []).append(row)
         elif row.action is as_cast:
             cast.append(row)

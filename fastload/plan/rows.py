@@ -40,6 +40,8 @@ class Action(Enum):
     """fused: every piece is written into its place, and converted if need be"""
     SLICE = "slice"
     """a rank's part whose rows do not follow each other in the file: copied side by side, and converted if need be"""
+    STRIDE = "stride"
+    """such a part, used where it lies: a view of the mapped file, its rows as far apart as they are there"""
     EXCHANGE = "exchange"
     """read by one rank of the machine, and handed to the others that need it"""
     MOVE = "move"
@@ -47,7 +49,7 @@ class Action(Enum):
 
 
 # Of these the region is what lies between the first byte and the last.
-_PARTS = (Action.SLICE, Action.EXCHANGE)
+_PARTS = (Action.SLICE, Action.STRIDE, Action.EXCHANGE)
 
 
 class PlanRow(NamedTuple):
