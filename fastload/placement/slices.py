@@ -39,6 +39,8 @@ from fastload.storage.slabs import HUGE_PAGE, HugePages, Slab
 __all__ = ["place_slices", "use_where_they_lie"]
 
 _LEAST_ROW_BYTES = 2048
+# Below this the trial of huge pages, one for each slab, may take longer than they save.
+_LEAST_SLAB_BYTES = 8 * HUGE_PAGE
 # Of a part, what is asked for and then copied at once; and the most that may lie between its first byte and its last,
 # all of which is copied where the file has it on an odd address.
 _BLOCK_BYTES = 8 << 20
@@ -132,7 +134,7 @@ def _memory(row: PlanRow, existing: Mapping[str, torch.Tensor], pages: HugePages
         return existing[row.fqn]
     shape, n_elements = row.spec.shape, prod(row.spec.shape)
     n_bytes = n_elements * row.dtype.itemsize
-    if n_bytes < HUGE_PAGE:
+    if n_bytes < _LEAST_SLAB_BYTES:
         return torch.empty(shape, dtype=to_torch(row.dtype), device="cpu")
     slab = Slab(n_bytes)
     pages.prepare(slab, 0, n_bytes)
