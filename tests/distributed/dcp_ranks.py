@@ -7,8 +7,6 @@ FOLDER has the checkpoints of `test_dcp_on_ranks.py`; what the ranks save and wh
 
 from __future__ import annotations
 
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import fastload
-from tests.distributed.layouts import Findings, Net, both, fully_sharded, grid, line, local, tensor_parallel
+from tests.distributed.groups import Findings, be_a_rank
+from tests.distributed.layouts import Net, both, fully_sharded, grid, line, local, tensor_parallel
 
 #: Which ranks of four wrote each folder, and how the model lay on them.
 FOLDERS = ("parallel", "sharded", "both", "pair", "trained", "small")
@@ -103,7 +102,7 @@ def load_with_dcp(folder: Path, mesh: DeviceMesh) -> list[str]:
     return [name for name, tensor in state.items() if not torch.equal(local(tensor), expected[name])]
 
 
-def find(folder: Path) -> Findings:
+def find(folder: Path, n_ranks: int) -> Findings:
     pair = DeviceMesh("cpu", [0, 1])
     save_all(folder, pair)
     dist.barrier()
@@ -114,19 +113,5 @@ def find(folder: Path) -> Findings:
     return findings
 
 
-def main() -> None:
-    rank, n_ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=n_ranks,
-        timeout=timedelta(seconds=100),
-    )
-    torch.save(find(folder), folder / f"findings-{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    be_a_rank(find)

@@ -7,13 +7,11 @@ FOLDER has the checkpoints of `test_ranks.py`; the file of the rendezvous and ea
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,11 +20,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastload
 from fastload.plan.fusing import Concatenate, Fusion, Stack
+from tests.distributed.groups import Findings, be_a_rank
 
 N_TOKENS = 19  # uneven over 2 and over 4 ranks
 SHAPE = (3, 10, 5)
 EXPERTS = Fusion(("experts.*.gate", "experts.*.up"), "experts.weight", (Stack(0), Concatenate(1)))
-Findings = dict[str, Any]
 
 
 class Block(nn.Module):
@@ -216,13 +214,5 @@ def find(folder: Path, n_ranks: int) -> Findings:
     return findings
 
 
-def main() -> None:
-    rank, n_ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=n_ranks)
-    torch.save(find(folder, n_ranks), folder / f"findings-{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    be_a_rank(find)

@@ -25,8 +25,8 @@ import fastload
 from fastload.saver import save_checkpoint
 from fastload.storage.memory import private_bytes
 from tests.conftest import same_bytes
-from tests.distributed.groups import be_a_rank
-from tests.distributed.layouts import Findings, Net, both, fully_sharded, grid, line, local, tensor_parallel
+from tests.distributed.groups import Findings, be_a_rank
+from tests.distributed.layouts import Net, both, fully_sharded, grid, line, local, tensor_parallel
 from tests.staging.devices import CountingDevice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,12 @@ import torch.distributed.checkpoint as dcp
 import fastload
 from fastload.cli import main
 from tests.distributed.dcp_ranks import FOLDERS, Findings, Net, net
+from tests.distributed.groups import run_group
 
 # That there is no process group in this process.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 N_RANKS = 4
-TIMEOUT_S = 120
 WAYS = [(name, way) for name in FOLDERS for way in ("parallel", "sharded", "both")]
 
 
@@ -28,19 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dcp")
     fastload.save_model(net(), folder / "ordinary")
     assert main(["convert", str(folder / "ordinary"), str(folder / "converted"), "--to", "dcp"]) == 0
-    command = [sys.executable, "-m", "tests.distributed.dcp_ranks"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(N_RANKS), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(N_RANKS)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_group("tests.distributed.dcp_ranks", N_RANKS, folder)
     return folder
 
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastload
 from fastload.errors import OptionError
-from tests.distributed.groups import run_group
-from tests.distributed.layouts import Findings, Net
+from tests.distributed.groups import Findings, run_group
+from tests.distributed.layouts import Net
 
 
 class Saved(NamedTuple):

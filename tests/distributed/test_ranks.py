@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,9 +10,8 @@ import pytest
 import torch
 
 import fastload
-from tests.distributed.layouts import SHAPE, Findings, Net
-
-TIMEOUT_S = 120
+from tests.distributed.groups import Findings, run_group
+from tests.distributed.layouts import SHAPE, Net
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -34,23 +31,6 @@ def write_checkpoints(folder: Path) -> None:
     fastload.save_state_dict(halves, folder / "experts")
 
 
-def run_group(folder: Path, n_ranks: int) -> list[Findings]:
-    command = [sys.executable, "-m", "tests.distributed.layouts"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(n_ranks), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(n_ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"findings-{rank}.pt") for rank in range(n_ranks)]
-
-
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Findings]]:
     """What each rank of a group of so many found; a group runs once for all tests."""
@@ -59,7 +39,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Fin
     def group(n_ranks: int) -> list[Findings]:
         folder = tmp_path_factory.mktemp("ranks")
         write_checkpoints(folder)
-        return run_group(folder, n_ranks)
+        return run_group("tests.distributed.layouts", n_ranks, folder)
 
     return group
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastload
-from tests.distributed.layouts import Findings, Net
+from tests.distributed.groups import Findings
+from tests.distributed.layouts import Net
 from tests.distributed.reading import MB, N_RANKS, Wide
 from tests.distributed.test_ranks import write_checkpoints
 
