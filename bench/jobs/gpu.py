@@ -89,10 +89,9 @@ def _of_machine(what: str, device: Device, **options: Any) -> dict[str, Any]:
         if any(cached_share(file) < 1 for file in weight_files(folder)):  # it was made by an earlier run
             warm_up(folder)
         return {"folder": str(folder), "n_bytes": shape.n_bytes, "n_tensors": shape.n_tensors}
-    files = weight_files(folder)
     if what == "page cache":
-        return hardware.page_cache_rates(files, device, **options)
-    return hardware.storage_rates(files)
+        return hardware.page_cache_rates(folder, device, **options)
+    return hardware.storage_rates(weight_files(folder))
 
 
 def _say(answer: dict[str, Any]) -> None:
