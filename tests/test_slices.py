@@ -81,6 +81,19 @@ def test_columns_of_a_warm_file_are_used_where_they_lie(checkpoint: Checkpoint, 
     assert torch.equal(inputs @ placed.T, inputs @ placed.contiguous().T)
 
 
+def test_columns_are_used_where_they_lie_though_some_pages_are_missing(
+    checkpoint: Checkpoint, tensor: torch.Tensor
+) -> None:
+    (path,) = checkpoint.files
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 20 << 20, 1 << 20, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    plan = use_where_they_lie(columns(checkpoint), checkpoint)
+    assert plan.rows[0].action is Action.STRIDE
+    assert same_bytes(place(plan, checkpoint.open_file)["weight"], tensor[:, 4096:8192])
+
+
 def test_columns_are_copied_where_the_file_is_cold(checkpoint: Checkpoint) -> None:
     make_cold(checkpoint.files[0])
     assert not in_place(checkpoint, columns(checkpoint))

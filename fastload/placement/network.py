@@ -67,6 +67,6 @@ def _why_read(descriptor: int | None) -> str:
     if descriptor is None:
         return ""
     kind = file_system(descriptor)
-    if not kind.is_network or residency(descriptor).is_warm:
+    if not kind.is_network or residency(descriptor, exact=False).is_warm:
         return ""
     return f"cold, and on {kind.name}: read in parallel, as page faults would wait for the network one by one"

@@ -39,6 +39,8 @@ from fastload.storage.slabs import HUGE_PAGE, HugePages, Slab
 __all__ = ["place_slices", "use_where_they_lie"]
 
 _LEAST_ROW_BYTES = 2048
+# Of a file that is used as a warm one: to copy all columns takes longer than to read so little of it.
+_MOST_COLD_SHARE = 0.05
 # Below this the trial of huge pages, one for each slab, may take longer than they save.
 _LEAST_SLAB_BYTES = 8 * HUGE_PAGE
 # Of a part, what is asked for and then copied at once; and the most that may lie between its first byte and its last,
@@ -66,13 +68,17 @@ class _Block(NamedTuple):
 
 
 def use_where_they_lie(plan: LoadPlan, checkpoint: Checkpoint) -> LoadPlan:
-    """The plan with those parts in warm files as views that can be: unconverted, aligned, and of long rows."""
+    """The plan with those parts in warm files as views that can be: unconverted, aligned, and of long rows.
+
+    A few pages of a warm file may be missing, since kernels take back what nobody has used for a while.
+    """
     warm: dict[str, bool] = {}
 
     def is_warm(file: str) -> bool:
         if file not in warm:
             descriptor = checkpoint.descriptor(file)
-            warm[file] = descriptor is not None and residency(descriptor).is_warm
+            state = None if descriptor is None else residency(descriptor, exact=False)
+            warm[file] = state is not None and state.n_cold_bytes <= _MOST_COLD_SHARE * state.n_bytes
         return warm[file]
 
     rows = tuple(

@@ -129,7 +129,7 @@ class MappedFile:
 
     def is_warm(self) -> bool:
         """Whether all of the file is known to be in the page cache (see `residency`)."""
-        return self._descriptor is not None and residency(self._descriptor).is_warm
+        return self._descriptor is not None and residency(self._descriptor, exact=False).is_warm
 
     def ask_for(self, runs: Runs) -> None:
         """Have the kernel read runs into the page cache, and nothing around them, without waiting.

@@ -98,7 +98,7 @@ class Residency(NamedTuple):
         return self.n_bytes - (self.n_resident_bytes or 0)
 
 
-def residency(fd: int, offset_bytes: int = 0, n_bytes: int | None = None) -> Residency:
+def residency(fd: int, offset_bytes: int = 0, n_bytes: int | None = None, *, exact: bool = True) -> Residency:
     """How much of a range of an open file is cached.
 
     First bytes spread over the range are looked at, in 0.1 ms whatever its size. Where one of them is not cached the
@@ -109,6 +109,7 @@ def residency(fd: int, offset_bytes: int = 0, n_bytes: int | None = None) -> Res
         fd: the file, open for reading.
         offset_bytes: where the range begins.
         n_bytes: its length; None for all that follows. A range that goes beyond the end of the file is cut there.
+        exact: false to be content with the samples, for who asks only whether all of it is cached, or how much about.
     """
     left = max(0, os.fstat(fd).st_size - offset_bytes)
     n_bytes = left if n_bytes is None else min(n_bytes, left)
@@ -116,8 +117,8 @@ def residency(fd: int, offset_bytes: int = 0, n_bytes: int | None = None) -> Res
     if n_bytes == 0 or name in _IN_MEMORY:
         return Residency(n_bytes, n_bytes, True)
     share = _sampled_share(fd, offset_bytes, n_bytes)
-    if share == 1:
-        return Residency(n_bytes, n_bytes, False)
+    if share == 1 or (share is not None and not exact):
+        return Residency(n_bytes, int(share * n_bytes), False)
     # A file of overlayfs has no pages: they belong to a file of the layer below, where cachestat does not look.
     counted = None if name == "overlayfs" else resident_bytes(fd, offset_bytes, n_bytes)
     if counted is not None:

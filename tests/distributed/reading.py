@@ -72,7 +72,7 @@ def as_cold(before: Callable[[int], None] = lambda descriptor: None) -> Iterator
     """
     original = mapping.residency
 
-    def residency(descriptor: int) -> Residency:
+    def residency(descriptor: int, *, exact: bool = True) -> Residency:
         before(descriptor)
         return Residency(1, 0, True)
 
