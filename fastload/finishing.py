@@ -80,7 +80,10 @@ def _as_slot(owners: Mapping[str, nn.Module], slot: Slot, tensor: torch.Tensor) 
         tensor = like(tensor, held)
     if old is None:
         return tensor
-    new = nn.Parameter(tensor, old.requires_grad and (tensor.is_floating_point() or tensor.is_complex()))
+    if isinstance(tensor, nn.Parameter):
+        new = tensor
+    else:
+        new = nn.Parameter(tensor, old.requires_grad and (tensor.is_floating_point() or tensor.is_complex()))
     if old.__dict__:
         new.__dict__.update(old.__dict__)
     return new

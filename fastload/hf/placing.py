@@ -360,9 +360,10 @@ def _set(
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
             give(module, last, tensor)
         else:
-            parameter = nn.Parameter(tensor, tensor.is_floating_point())
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            give(module, last, parameter)
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, tensor.is_floating_point())
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            give(module, last, tensor)
 
 
 def _set_types(modules: Mapping[str, nn.Module], rows: Iterable[PlanRow | FusedRow]) -> None:
