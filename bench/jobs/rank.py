@@ -1,7 +1,7 @@
-"""One rank of a group: ``rank.py LOADER RANK N_RANKS RENDEZVOUS FOLDER TINY``. It loads at each line on its stdin.
+"""One rank of a group: ``rank.py LOADER RANK N_RANKS RENDEZVOUS FOLDER TINY``.
 
-After a tiny load it says "ready". Of each load it says the seconds between two barriers, those until one byte of every
-page of its parts was read too, how its private memory grew, and the digest of its parts.
+It loads the tiny model, and then the other. Of that load it says the seconds between two barriers, those until one
+byte of every page of its parts was read too, how its private memory grew, and the digest of its parts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ _TIMEOUT = timedelta(minutes=5)
 
 
 def main(loader: str, rank: int, n_ranks: int, rendezvous: str, folder: Path, tiny: Path) -> None:
-    """Load whenever told to, until the input ends."""
+    """Load twice, and tell of the second load."""
     torch.set_num_threads(1)
     # As torchrun tells it; transformers goes by these.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_ranks, timeout=_TIMEOUT)
     load = RANK_LOADERS[loader]
     _measured(load, tiny)
-    print(json.dumps("ready"), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(_measured(load, folder)), flush=True)
+    print(json.dumps(_measured(load, folder)), flush=True)
     dist.destroy_process_group()
 
 
