@@ -10,7 +10,7 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, partial
 from typing import Protocol
 
@@ -40,8 +40,14 @@ class Event(Protocol):
 class CopyStream(Protocol):
     """Copies that are done one after another, while the caller goes on."""
 
+    def chosen(self) -> AbstractContextManager[object]:
+        """A block in which this thread enqueues copies. To choose a stream takes as long as one of them."""
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy, converted to the destination's type. Both must live until an event after it is done."""
+        """Enqueue a copy, converted to the destination's type, the stream being chosen.
+
+        Both must live until an event after it is done.
+        """
 
     def record(self) -> Event:
         """An event after all copies so far."""
@@ -66,12 +72,15 @@ class PinnedMemory:
     """
 
     def __init__(self, n_bytes: int, unregister: Callable[[int], None] | None = None) -> None:
-        mapping = mmap.mmap(-1, n_bytes)
-        # Huge pages are registered in a fraction of the time. A child that is forked has no use for this memory, and
-        # must not have it shared: a page that is written after the fork moves, and the device would not know.
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            if hasattr(mmap, advice):
-                mapping.madvise(getattr(mmap, advice))
+        mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Huge pages are registered in a fraction of the time, and private memory comes in them where shared does not.
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel that has but one size
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        # A child that is forked has no use for this memory, and must not have it copied on write: a page that is
+        # written after the fork moves, and the device would not know.
+        if hasattr(mmap, "MADV_DONTFORK"):
+            mapping.madvise(mmap.MADV_DONTFORK)
         self.bytes = memoryview(mapping)
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         self._unregister = unregister
@@ -265,9 +274,11 @@ class _CudaStream:
         # Memory that was just allocated may be in use by kernels that the current stream has still to run.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
+    def chosen(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            destination.copy_(source, non_blocking=True)
+        destination.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread sleeps
@@ -345,6 +356,9 @@ class CpuStream:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="fastload-copies", daemon=True)
         self._thread.start()
+
+    def chosen(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._tasks.put(partial(self._copy, destination, source))

@@ -244,24 +244,25 @@ class Transfer:
             return self._filled.pop(index, None) if not self._stop.is_set() else None
 
     def _send_chunk(self, chunk: Chunk, filled: PinnedMemory | Window) -> Event:
-        if isinstance(filled, Window):
+        with self._stream.chosen():
             for part in chunk.parts:
-                self._send(part, filled.source(chunk, part))
-            event = self._stream.record()
-            self._windows.give_back(filled, event)
-            return event
-        for part in chunk.parts:
-            self._send(part, filled.tensor[part.at_bytes : part.at_bytes + part.n_bytes])
+                if isinstance(filled, Window):
+                    self._send(part, filled.source(chunk, part))
+                else:
+                    self._send(part, filled.tensor.narrow(0, part.at_bytes, part.n_bytes))
         event = self._stream.record()
-        self._ring.give_back(filled, event)
+        if isinstance(filled, Window):
+            self._windows.give_back(filled, event)
+        else:
+            self._ring.give_back(filled, event)
         return event
 
     def _send(self, part: Part, source: torch.Tensor) -> None:
         buffer = self._buffers[part.buffer]
         if part.is_plain:
-            self._stream.copy(buffer[part.offset_bytes : part.offset_bytes + part.n_bytes], source)
+            self._stream.copy(buffer.narrow(0, part.offset_bytes, part.n_bytes), source)
             return
-        self._stream.copy(self._scratch[: part.n_bytes], source)
+        self._stream.copy(self._scratch.narrow(0, 0, part.n_bytes), source)
         shape = part.shape or (part.n_bytes // part.source.itemsize,)
         self._stream.copy(
             typed(buffer, part.dtype, part.offset_bytes, shape, part.stride or None),

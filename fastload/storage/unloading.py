@@ -46,7 +46,8 @@ def unload(tensors: Iterable[torch.Tensor], device: Device, piece_bytes: int) ->
                 yield from _arrived(under_way, free)
             slot = free.pop() if free else ring.take()
             assert slot is not None  # nobody stops this ring
-            stream.copy(slot.tensor[: len(piece)], piece)
+            with stream.chosen():
+                stream.copy(slot.tensor[: len(piece)], piece)
             under_way.append((slot, piece, stream.record()))
         while under_way:
             yield from _arrived(under_way, free)

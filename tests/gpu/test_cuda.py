@@ -235,7 +235,7 @@ class _InterruptedStream:
     def __init__(self, stream: CopyStream) -> None:
         self._stream = stream
         self._n_copies = 0
-        self.record, self.close = stream.record, stream.close
+        self.chosen, self.record, self.close = stream.chosen, stream.record, stream.close
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._n_copies += 1
