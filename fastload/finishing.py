@@ -77,14 +77,12 @@ def _as_slot(owners: Mapping[str, nn.Module], slot: Slot, tensor: torch.Tensor) 
     if held is not None and slot.box is not None:
         from fastload.distributed.layouts import like
 
-        tensor = like(tensor, held)
-    if old is None:
-        return tensor
-    if isinstance(tensor, nn.Parameter):
-        new = tensor
-    else:
+        new: torch.Tensor = like(tensor, held)
+    elif old is not None:
         new = nn.Parameter(tensor, old.requires_grad and (tensor.is_floating_point() or tensor.is_complex()))
-    if old.__dict__:
+    else:
+        return tensor
+    if old is not None and old.__dict__:
         new.__dict__.update(old.__dict__)
     return new
 

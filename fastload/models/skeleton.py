@@ -57,32 +57,57 @@ def repeat_block(build: Callable[[int], Block], n_blocks: int) -> list[Block]:
     first = build(0)
     # The modes have nothing to do here, and would be asked at every access to a tensor.
     with torch._C.DisableTorchFunction():
-        return [first, *(_copy_structure(first, index, {}) for index in range(1, n_blocks))]
+        pattern = _Pattern(first, {})
+        return [first, *(pattern.copy(index, {}) for index in range(1, n_blocks))]
 
 
-def _copy_structure(module: Any, layer_idx: int, copies: dict[int, Any]) -> Any:
-    """A module like this one with parameters, buffers, submodules and hooks of its own; copies keeps what is shared."""
-    known = copies.get(id(module))
-    if known is not None:
-        return known
-    copy = copies[id(module)] = module.__class__.__new__(module.__class__)
-    state = module.__dict__.copy()
-    for name, value in state.items():
-        kind = type(value)
-        if kind in _CONTAINERS:
-            # Most are empty (hooks of many kinds), and a new one is made in a fraction of the time of a copy.
-            state[name] = value.copy() if value else kind()
-    if "layer_idx" in state:
-        state["layer_idx"] = layer_idx
-    for held in (state["_parameters"], state["_buffers"]):
-        for name, tensor in held.items():
-            if tensor is not None:
-                held[name] = _copy_tensor(tensor, copies)
-    modules = state["_modules"]
-    for name, child in modules.items():
-        modules[name] = None if child is None else _copy_structure(child, layer_idx, copies)
-    copy.__dict__.update(state)
-    return copy
+class _Pattern:
+    """A module as it is to be copied: looked at once, for as many copies as there will be.
+
+    Args:
+        module: the module.
+        known: id -> pattern of what occurs in it more than once.
+    """
+
+    def __init__(self, module: nn.Module, known: dict[int, _Pattern]) -> None:
+        known[id(module)] = self
+        self._kind = module.__class__
+        self._state = module.__dict__
+        # Most containers are empty (hooks of many kinds), and a new one is made in a fraction of the time of a copy.
+        held = [(name, value) for name, value in self._state.items() if type(value) in _CONTAINERS]
+        self._empty = [(name, type(value)) for name, value in held if not value]
+        self._filled = [(name, value) for name, value in held if value]
+        self._tensors = [
+            (holder, name, tensor)
+            for holder in ("_parameters", "_buffers")
+            for name, tensor in self._state[holder].items()
+            if tensor is not None
+        ]
+        self._children = [
+            (name, known.get(id(child)) or _Pattern(child, known))
+            for name, child in self._state["_modules"].items()
+            if child is not None
+        ]
+
+    def copy(self, layer_idx: int, copies: dict[int, Any]) -> Any:
+        """A module with parameters, buffers, submodules and hooks of its own; copies keeps what is shared in it."""
+        known = copies.get(id(self))
+        if known is not None:
+            return known
+        copy = copies[id(self)] = self._kind.__new__(self._kind)
+        state = self._state.copy()
+        for name, kind in self._empty:
+            state[name] = kind()
+        for name, value in self._filled:
+            state[name] = value.copy()
+        if "layer_idx" in state:
+            state["layer_idx"] = layer_idx
+        for holder, name, tensor in self._tensors:
+            state[holder][name] = _copy_tensor(tensor, copies)
+        for name, child in self._children:
+            state["_modules"][name] = child.copy(layer_idx, copies)
+        copy.__dict__.update(state)
+        return copy
 
 
 def _copy_tensor(tensor: torch.Tensor, copies: dict[int, Any]) -> torch.Tensor:
