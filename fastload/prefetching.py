@@ -175,7 +175,7 @@ def _locate(path: str | os.PathLike[str], files: FileOptions, hub: HubOptions) -
 
 
 class _File(NamedTuple):
-    """A file that is to be read ahead: its path, its identity, bytes of it that are not cached, and how to read it."""
+    """A file to be read ahead: its path, its identity, about how many bytes of it are cold, and how to read it."""
 
     path: str
     identity: tuple[int, int]
@@ -236,7 +236,7 @@ def _look_at(path: str, held: int | None = None) -> _File | _Run | None:
         identity = (status.st_dev, status.st_ino)
         if identity in _running:
             return _running[identity]
-        state = residency(descriptor)
+        state = residency(descriptor, exact=False)  # to count takes as long as many a load; who reads does it
         return None if state.is_warm else _File(path, identity, state.n_cold_bytes, choose_way(file_system(descriptor)))
     except OSError:
         return None
@@ -260,7 +260,7 @@ class _Run:
             n_cold = min(n_cold, sum(spec.region.n_bytes for spec in specs or ()))
         n_kept = sum(part.n_bytes for part in within_memory([Extent("", 0, n_cold)]))
         part = "" if n_kept == n_cold else f" (of {format_bytes(n_cold)}: as much as free memory holds)"
-        self.note = f"cold: reading ahead {format_bytes(n_kept)}{part} with {files[0].way}"
+        self.note = f"cold: reading ahead about {format_bytes(n_kept)}{part} with {files[0].way}"
 
     @property
     def is_done(self) -> bool:

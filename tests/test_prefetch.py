@@ -59,7 +59,7 @@ def over_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stays_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file may be wholly cached by the kernel's readahead before the load decides."""
-    monkeypatch.setattr(network, "residency", lambda _: Residency(1, 0, True))
+    monkeypatch.setattr(network, "residency", lambda _, exact: Residency(1, 0, True))
 
 
 def stack() -> Stack:
@@ -132,7 +132,7 @@ def test_a_warm_checkpoint_starts_no_reader_and_leaves_no_note(folder: Path, mon
 def test_a_cold_load_is_right_and_says_what_it_did(file: Path, folder: Path) -> None:
     module = stack()
     report = fastload.load_model(module, folder)
-    assert re.match(r"cold: reading ahead 1\d\.\d MB with \d threads in reads of \d MB", *report.notes)
+    assert re.match(r"cold: reading ahead about 1\d\.\d MB with \d threads in reads of \d MB", *report.notes)
     expected = load_file(file)
     assert all(same_bytes(tensor, expected[key]) for key, tensor in module.state_dict().items())
 
@@ -190,7 +190,7 @@ def test_no_more_than_free_memory_is_read_and_the_note_says_so(file: Path, monke
     monkeypatch.setattr("fastload.storage.readahead.available_bytes", lambda: (256 << 20) + (4 << 20))
     reading = prefetching.read_ahead([str(file)])
     assert reading is not None
-    assert re.search(r"reading ahead 4.2 MB \(of 1\d.\d MB: as much as free memory holds\)", reading.note)
+    assert re.search(r"reading ahead about 4.2 MB \(of 1\d.\d MB: as much as free memory holds\)", reading.note)
     assert reading.wait(20)
 
 

@@ -112,7 +112,7 @@ class Readahead:
 
     @property
     def n_brought_bytes(self) -> int:
-        """Bytes so far of the chunks that were not wholly cached when their turn came."""
+        """Bytes so far of the reads that were not wholly cached when their turn came."""
         return self._work.n_brought_bytes
 
     @property
@@ -183,16 +183,20 @@ class _Work:
             return None if self._stopped else next(self._chunks, None)
 
     def _bring(self, descriptor: int, chunk: Extent, buffer: memoryview) -> None:
-        if (resident_bytes(descriptor, chunk.offset_bytes, chunk.n_bytes) or 0) >= chunk.n_bytes:
+        """Read what is missing of a chunk, and not what lies around a few pages that the kernel took back."""
+        if _is_resident(descriptor, chunk.offset_bytes, chunk.n_bytes):
             return
-        done = 0
+        done = n_brought = 0
         while done < chunk.n_bytes and not self._stopped:
-            n = os.preadv(descriptor, [buffer[: chunk.n_bytes - done]], chunk.offset_bytes + done)
-            if n == 0:
-                break
+            at, n = chunk.offset_bytes + done, min(len(buffer), chunk.n_bytes - done)
+            if not _is_resident(descriptor, at, n):
+                n = os.preadv(descriptor, [buffer[:n]], at)
+                if n == 0:
+                    break
+                n_brought += n
             done += n
         with self._lock:
-            self.n_brought_bytes += done
+            self.n_brought_bytes += n_brought
 
     def leave(self) -> None:
         """One thread less; the last one is the end, and closes the files."""
@@ -203,6 +207,10 @@ class _Work:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
         self._done.set()
+
+
+def _is_resident(descriptor: int, offset_bytes: int, n_bytes: int) -> bool:
+    return (resident_bytes(descriptor, offset_bytes, n_bytes) or 0) >= n_bytes
 
 
 def _chunks(extent: Extent, chunk_bytes: int) -> Iterable[Extent]:
