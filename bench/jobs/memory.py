@@ -22,7 +22,8 @@ def main(loader: str, folder: Path, dtype_name: str) -> None:
     """Load once, between two looks at the process's anonymous memory."""
     load = BERT_LOADERS[loader].load
     dtype = None if dtype_name == "same" else getattr(torch, dtype_name)
-    _ = import_module("fastload" if loader.startswith("fastload") else "transformers").BertModel
+    for module, name in _used(loader):
+        getattr(import_module(module), name)
     gc.collect()
     before = private_bytes()
     with PrivatePeak() as watch:
@@ -37,6 +38,13 @@ def main(loader: str, folder: Path, dtype_name: str) -> None:
         },
         digest=fingerprint(model.state_dict()),
     )
+
+
+def _used(loader: str) -> list[tuple[str, str]]:
+    """The model class that a loader uses, and what it is called by: (module, name)."""
+    if loader == "fastload.hf":
+        return [("transformers", "BertModel"), ("fastload.hf", "AutoModel")]
+    return [("fastload" if loader.startswith("fastload") else "transformers", "BertModel")]
 
 
 main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
