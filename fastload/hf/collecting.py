@@ -11,20 +11,23 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.core_model_loading import revert_weight_conversion
 
 from fastload.plan.sharding import split_into_shards
 from fastload.saving import load_of_offloaded
 from fastload.storage.sharing import byte_span
 
-__all__ = ["Contents", "collect"]
+__all__ = ["Contents", "OverRanks", "collect", "collect_over_ranks"]
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
 Load: TypeAlias = Callable[[], torch.Tensor]
+InFiles: TypeAlias = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,30 @@ class Contents:
     tensors: Tensors
     offloaded: dict[str, Load]
     shards: list[list[str]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class OverRanks:
+    """What a checkpoint holds that all ranks save together.
+
+    Attributes:
+        tensors: the model's own, DTensors among them.
+        in_files: makes of them what the files hold; None for what they are.
+        shards: as of `Contents`.
+    """
+
+    tensors: Tensors
+    in_files: InFiles | None
+    shards: list[list[str]] | None
+
+
+def collect_over_ranks(model: Any, *, original_format: bool, max_shard_bytes: int) -> OverRanks:
+    """As `collect`, for a model that is laid out over ranks: the same on all of them."""
+    kept = _kept(model, model.state_dict())
+    shards = None
+    if sum(map(_n_bytes, kept.values())) > max_shard_bytes:
+        shards = _shards_of_transformers(model, kept, original_format, max_shard_bytes)
+    return OverRanks(kept, partial(_revert, model) if original_format else None, shards)
 
 
 def collect(
@@ -96,10 +123,10 @@ def _kept(model: Any, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def _memory(model: Any, name: str, tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that are the same memory; of offloaded ones, for those that are one parameter."""
+    """Equal for tensors that are the same memory; of offloaded and laid out ones, for those that are one parameter."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return name
-    if tensor.is_meta:
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
         try:
             return id(model.get_parameter_or_buffer(name))
         except AttributeError:  # a state dict of other names
@@ -135,7 +162,7 @@ def _revert_offloaded(model: Any, tensors: Tensors, loads: Mapping[int, Load]) -
     return _revert(model, tensors | touched) if touched else reverted
 
 
-def _revert(model: Any, tensors: Tensors) -> Tensors:
+def _revert(model: Any, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """transformers' own undoing of what the load converted."""
     try:
         with _Views():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -21,12 +21,16 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastload.errors import SaveError
+from fastload.distributed.detection import are_laid_out, is_first_rank
+from fastload.errors import OptionError, SaveError
 from fastload.hf.counting import count_save
 from fastload.hf.versions import unsupported_reason
 from fastload.options import Durability
 from fastload.plan.sharding import parse_size
 from fastload.saver import SaveReport, save_checkpoint
+
+if TYPE_CHECKING:
+    from fastload.hf.collecting import OverRanks
 
 __all__ = ["save_pretrained"]
 
@@ -86,7 +90,8 @@ def save_pretrained(
     Args:
         model: a PreTrainedModel, or a model with a ``save_pretrained`` of its own that saves one inside.
         save_directory: made if need be, with its parents.
-        is_main_process: False on processes that are to write nothing.
+        is_main_process: False on processes that are to write nothing. What is laid out over ranks all of them save
+            together, whatever this is.
         state_dict: tensors to save in the place of the model's; left as it is.
         push_to_hub: upload afterwards; ``repo_id``, ``commit_message``, ``create_pr`` and what creates a repository
             may be given as well.
@@ -105,8 +110,8 @@ def save_pretrained(
 
     Returns:
         What was written; None where this process is to write nothing, and where transformers or the model's own
-        ``save_pretrained`` did the work: adapters, quantised models, models sharded over processes (`stats` counts
-        them, with the reason).
+        ``save_pretrained`` did the work: adapters, quantised models, pipelines over processes (`stats` counts them,
+        with the reason).
 
     Raises:
         OptionError: an argument cannot be meant, or the state dict holds what no checkpoint can.
@@ -166,18 +171,50 @@ def _reason_to_hand_over(model: Any, options: Options) -> str:
     if quantizer is not None:
         method = quantizer.quantization_config.quant_method
         return f"quantizer {getattr(method, 'value', method)}"
-    if (
-        getattr(model.config, "distributed_config", None) is not None
-        or getattr(model, "_device_mesh", None) is not None
-    ):
-        return "a device mesh (tensor or pipeline parallelism)"
     if options.state_dict is None and is_deepspeed_zero3_enabled():
         return "DeepSpeed ZeRO-3"
     if modeling_utils.IS_SAGEMAKER_MP_POST_1_10:
         return "SageMaker model parallelism"
+    if _is_over_ranks(model, options):
+        return _reason_over_ranks(model, options)
     tensors = options.state_dict.values() if options.state_dict is not None else model.parameters()
     wrapper = next((tensor for tensor in tensors if is_traceable_wrapper_subclass(tensor)), None)
     return f"tensors of {type(wrapper).__name__}" if wrapper is not None else ""
+
+
+def _is_over_ranks(model: Any, options: Options) -> bool:
+    """Whether a model is laid out over ranks, by transformers or by its user, and is itself to be saved."""
+    if getattr(model.config, "distributed_config", None) or getattr(model, "_device_mesh", None):
+        return True
+    return options.state_dict is None and are_laid_out(model.parameters())
+
+
+def _reason_over_ranks(model: Any, options: Options) -> str:
+    """Why ranks cannot save a model together; "" where they can. All of them come to the same answer."""
+    if getattr(model, "_pp_stage", None) is not None:
+        return "pipeline parallelism"
+    if options.state_dict is not None:
+        return "a state dict for a model over a device mesh"
+    if options.incremental or not options.safe_serialization:
+        return "incremental, or a .bin, over ranks"
+    if not are_laid_out(model.parameters()):
+        return "a device mesh, and no parameter that is laid out over it"
+    from fastload.distributed.parts import parts_of  # there is a DTensor, so that what it imports is there
+
+    contents = _contents_over_ranks(model, options)
+    try:
+        parts_of(contents.tensors, dict, contents.in_files)
+    except (OptionError, RuntimeError) as error:
+        return f"a layout over ranks, or a conversion of it, that fastload does not know ({error})"
+    return ""
+
+
+def _contents_over_ranks(model: Any, options: Options) -> OverRanks:
+    from fastload.hf.collecting import collect_over_ranks
+
+    inner = modeling_utils.unwrap_model(model)
+    max_shard_bytes = parse_size(options.max_shard_size)
+    return collect_over_ranks(inner, original_format=options.save_original_format, max_shard_bytes=max_shard_bytes)
 
 
 def _hand_over(
@@ -202,13 +239,18 @@ def _save(model: Any, folder: str, options: Options, kwargs: Mapping[str, Any]) 
     inner: Any = modeling_utils.unwrap_model(model)
     inner.config.dtype = str(inner.dtype).removeprefix("torch.")
     inner.config.architectures = [type(inner).__name__.removeprefix("FSDP")]
-    if not model.should_save_on_this_rank(options.is_main_process):
+    is_together = _is_over_ranks(model, options)
+    if not is_together and not model.should_save_on_this_rank(options.is_main_process):
         os.makedirs(folder, exist_ok=True)
         return None
-    upload = _prepare_upload(model, folder, options.token, kwargs) if options.push_to_hub else None
+    is_uploading = options.push_to_hub and (not is_together or is_first_rank())
+    upload = _prepare_upload(model, folder, options.token, kwargs) if is_uploading else None
     small_files = _small_files(model, inner)
-    state_dict = inner.state_dict() if options.state_dict is None else options.state_dict
-    report = _save_tensors(inner, state_dict, folder, options, small_files)
+    if is_together:
+        report = _save_together(inner, folder, options, small_files)
+    else:
+        state_dict = inner.state_dict() if options.state_dict is None else options.state_dict
+        report = _save_tensors(inner, state_dict, folder, options, small_files)
     if upload is not None:
         upload()
     return report
@@ -242,6 +284,21 @@ def _save_tensors(
         deferred=contents.offloaded,
         durability=options.durability,
         incremental=options.incremental,
+    )
+
+
+def _save_together(model: Any, folder: str, options: Options, small_files: Mapping[str, bytes]) -> SaveReport:
+    contents = _contents_over_ranks(model, options)
+    return save_checkpoint(
+        contents.tensors,
+        folder,
+        max_shard_size=options.max_shard_size,
+        variant=options.variant,
+        extra_files=small_files,
+        shards=contents.shards,
+        n_parameters=model.num_parameters(),
+        in_files=contents.in_files,
+        durability=options.durability,
     )
 
 

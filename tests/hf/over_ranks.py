@@ -31,6 +31,8 @@ OTHERS: dict[str, tuple[str, Callable[[], Any]]] = {
 # Spelled in another way by the oldest version.
 EP = {"ep_size": 2} if "ep_size" in DistributedConfig.__dataclass_fields__ else {"enable_expert_parallel": True}
 UNEVEN = "uneven"
+SAVED, STOCK = "saved", "saved by transformers"
+SHARDED, SHARD_BYTES = "in shards", 60_000
 TOKENS = torch.arange(12).reshape(2, 6)
 
 
@@ -89,6 +91,15 @@ def run(findings: Findings) -> Findings:
     return findings | {"equal outputs": torch.equal(*outputs)}
 
 
+def saved(folder: Path, label: str, name: str = "", shard_bytes: int = 10**9, **how: Any) -> Findings:
+    """What became of a model that all ranks save together; transformers saves it too."""
+    model, _ = load(folder / (name or label), **how)
+    model.save_pretrained(folder / STOCK / label, max_shard_size=shard_bytes)
+    hf.reset_stats()
+    report = hf.save_pretrained(model, folder / SAVED / label, is_main_process=False, max_shard_size=shard_bytes)
+    return {"fast saves": hf.stats().fast_saves, "reasons": hf.stats().reasons, "is told": report is not None}
+
+
 def message(load: Callable[[], object]) -> str:
     try:
         load()
@@ -106,6 +117,12 @@ def find(folder: Path, n_ranks: int) -> Findings:
     # transformers cannot run it.
     findings["uneven"] = compared(folder / UNEVEN)
     del findings["uneven"]["models"]
+    findings["saves"] = {
+        **{name: saved(folder, name) for name in (*FAMILIES, *OTHERS)},
+        "whole experts": saved(folder, "whole experts", "mixtral", over={"tp_size": 2, **EP}),
+        "fully sharded": saved(folder, "fully sharded", "mixtral", over={"fsdp_size": 2}),
+        SHARDED: saved(folder, SHARDED, "qwen3_moe", SHARD_BYTES),
+    }
     given = load_file(folder / "llama" / "model.safetensors")
     config = transformers.AutoConfig.from_pretrained(folder / "llama")
     how = {"config": config, "state_dict": given}
