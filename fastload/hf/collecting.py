@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.core_model_loading import revert_weight_conversion
 
+from fastload.distributed.detection import are_laid_out
 from fastload.plan.sharding import split_into_shards
 from fastload.saving import load_of_offloaded
 from fastload.storage.sharing import byte_span
@@ -126,7 +126,7 @@ def _memory(model: Any, name: str, tensor: torch.Tensor) -> Hashable:
     """Equal for tensors that are the same memory; of offloaded and laid out ones, for those that are one parameter."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return name
-    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+    if tensor.is_meta or are_laid_out((tensor,)):
         try:
             return id(model.get_parameter_or_buffer(name))
         except AttributeError:  # a state dict of other names
