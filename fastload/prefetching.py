@@ -258,9 +258,12 @@ class _Run:
         n_cold = sum(file.n_cold_bytes for file in files)
         if nothing_between:
             n_cold = min(n_cold, sum(spec.region.n_bytes for spec in specs or ()))
+        # For a few pages that are missing no more threads than do the load good, which they compete with.
+        way = files[0].way
+        self._way = way._replace(n_threads=min(way.n_threads, -(-n_cold // way.chunk_bytes)))
         n_kept = sum(part.n_bytes for part in within_memory([Extent("", 0, n_cold)]))
         part = "" if n_kept == n_cold else f" (of {format_bytes(n_cold)}: as much as free memory holds)"
-        self.note = f"cold: reading ahead about {format_bytes(n_kept)}{part} with {files[0].way}"
+        self.note = f"cold: reading ahead about {format_bytes(n_kept)}{part} with {self._way}"
 
     @property
     def is_done(self) -> bool:
@@ -292,9 +295,7 @@ class _Run:
                 return
             whole = [Extent(path, 0, os.stat(path).st_size) for path in paths]
             extents = _extents(specs, paths, GAP_BYTES if self._nothing_between else _GAP_BYTES)
-            readahead = Readahead(
-                within_memory(extents or whole), self._files[0].way, nothing_behind=self._nothing_between
-            )
+            readahead = Readahead(within_memory(extents or whole), self._way, nothing_behind=self._nothing_between)
             self._readahead = readahead
             # Someone may have stopped this run when there was no readahead to stop yet.
             if self._is_stopped():

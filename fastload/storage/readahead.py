@@ -53,7 +53,8 @@ class Way(NamedTuple):
     read_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.n_threads} threads in reads of {self.read_bytes >> 20} MB"
+        threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
+        return f"{threads} in reads of {self.read_bytes >> 20} MB"
 
 
 # On a disk small reads do, since the kernel reads ahead of them, and the buffer stays in the processor's cache. A
