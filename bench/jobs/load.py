@@ -16,6 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from suite.checkpoints import warm_up
 from suite.fingerprint import fingerprint_of
 from suite.fresh import finish
 from suite.registry import LOADERS, forward
@@ -25,23 +26,24 @@ from suite.rounds import interleave
 def main(request: dict[str, Any]) -> None:
     """Load in turns, then load once more with each and take fingerprints."""
     runs = {
-        row: partial(LOADERS[family][loader].load, Path(folder))
+        row: (Path(folder), partial(LOADERS[family][loader].load, Path(folder)))
         for row, (family, loader, folder) in request["runs"].items()
     }
     with_forward = request.get("forward", False)
     measured = interleave(
-        {row: partial(_timed, load, with_forward) for row, load in runs.items()},
+        {row: partial(_timed, folder, load, with_forward) for row, (folder, load) in runs.items()},
         request["rounds"],
         attempts_per_round=request["attempts"],
     )
     digests = {}
-    for row, load in runs.items():
+    for row, (_, load) in runs.items():
         gc.collect()
         digests[row] = fingerprint_of(load())
     finish(samples=measured.samples, n_disturbed=measured.n_disturbed, digests=digests)
 
 
-def _timed(load: Any, with_forward: bool) -> dict[str, float]:
+def _timed(folder: Path, load: Any, with_forward: bool) -> dict[str, float]:
+    warm_up(folder)  # anew: others push files out of the page cache, and some kernels take back what nobody used lately
     gc.collect()
     begun = perf_counter()
     result = load()

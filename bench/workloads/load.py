@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from suite.checkpoints import bert_base, llama_1b, n_weight_bytes, warm_up
+from suite.checkpoints import bert_base, llama_1b, n_weight_bytes
 from suite.fingerprint import same_digest
 from suite.fresh import run_job
 from suite.outcome import Outcome, Target, Workload, at_least
@@ -23,8 +23,6 @@ Run = tuple[str, str, Path]
 
 def in_process(runs: Mapping[str, Run], rounds: int, *, forward: bool = False, attempts: int = 2) -> Rounds:
     """Second loads of all rows, in turns in one process. Rows of one family must give the same bytes."""
-    for _, _, folder in runs.values():
-        warm_up(folder)
     request: dict[str, Any] = {"rounds": rounds, "attempts": attempts, "forward": forward}
     request["runs"] = {row: (family, loader, str(folder)) for row, (family, loader, folder) in runs.items()}
     result = run_job("load", json.dumps(request))
