@@ -201,7 +201,7 @@ def _is_worth_a_trial(file: str) -> bool:
     except OSError:  # who reads it will say so
         return False
     try:
-        found = residency(descriptor, exact=False)
+        found = residency(descriptor)
     finally:
         os.close(descriptor)
     return found.n_resident_bytes is not None and 2 * found.n_cold_bytes > found.n_bytes
