@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 
 __all__ = ["FileWriter", "RegionWriter", "TorchSaveTarget", "tensor_bytes"]
+
+Writer = TypeVar("Writer", bound="_Gatherer")
 
 # Below this, a copy costs less than a system call.
 _SMALL_BYTES = 64 << 10
@@ -29,10 +32,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-class FileWriter:
-    """An open file that small pieces are gathered for, and that large ones go to without a copy.
-
-    The file ends complete only if ``flush`` was called; leaving it as a context manager closes it.
+class _Gatherer:
+    """An open file, and pieces that wait to be written to it in one call.
 
     Args:
         descriptor: the file, open for writing; closed with the writer.
@@ -43,6 +44,42 @@ class FileWriter:
         self._descriptor = descriptor
         self._progress = progress
         self._pending: list[memoryview] = []
+
+    def flush(self) -> None:
+        """Hand everything to the operating system. Raises OSError."""
+        buffers, self._pending = self._pending, []
+        while buffers:
+            # Fewer bytes than asked for is no error: the call that writes none tells why.
+            n_written = self._write_some(_beginning(buffers, _CHUNK_BYTES))
+            if self._progress is not None:
+                self._progress(n_written)
+            _drop_beginning(buffers, n_written)
+
+    def _write_some(self, buffers: Sequence[memoryview]) -> int:
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Have the file on the disk. Raises OSError."""
+        self.flush()
+        os.fsync(self._descriptor)
+
+    def __enter__(self: Writer) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+class FileWriter(_Gatherer):
+    """A file from its beginning to its end: small pieces are gathered, and large ones go to it without a copy.
+
+    The file ends complete only if ``flush`` was called; leaving it as a context manager closes it.
+    """
+
+    def __init__(self, descriptor: int, progress: Callable[[int], None] | None = None) -> None:
+        super().__init__(descriptor, progress)
         self._n_pending = 0
 
     def write(self, data: bytes | memoryview) -> int:
@@ -58,14 +95,8 @@ class FileWriter:
 
     def flush(self) -> None:
         """Hand everything to the operating system. Raises OSError."""
-        buffers, self._pending, self._n_pending = self._pending, [], 0
-        while buffers:
-            chunk = _beginning(buffers, _CHUNK_BYTES)
-            # Fewer bytes than asked for is no error: the call that writes none tells why.
-            n_written = os.writev(self._descriptor, chunk)
-            if self._progress is not None:
-                self._progress(n_written)
-            _drop_beginning(buffers, n_written)
+        self._n_pending = 0
+        super().flush()
 
     def write_again(self, beginning: bytes) -> None:
         """Replace the first bytes of the file by as many others. Raises OSError."""
@@ -74,34 +105,18 @@ class FileWriter:
         while done < len(beginning):
             done += os.pwrite(self._descriptor, memoryview(beginning)[done:], done)
 
-    def sync(self) -> None:
-        """Have the file on the disk. Raises OSError."""
-        self.flush()
-        os.fsync(self._descriptor)
-
-    def __enter__(self) -> FileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)
+    def _write_some(self, buffers: Sequence[memoryview]) -> int:
+        return os.writev(self._descriptor, buffers)
 
 
-class RegionWriter:
+class RegionWriter(_Gatherer):
     """Regions of a file that other processes write to as well; those that follow each other go in one call.
 
     The file has all bytes only once ``flush`` was called; leaving it as a context manager closes it.
-
-    Args:
-        descriptor: the file, open for writing; closed with the writer.
-        progress: called with the number of bytes whenever some were written.
     """
 
     def __init__(self, descriptor: int, progress: Callable[[int], None] | None = None) -> None:
-        self._descriptor = descriptor
-        self._progress = progress
-        self._pending: list[memoryview] = []
+        super().__init__(descriptor, progress)
         self._begin = self._end = 0
 
     def write_at(self, offset_bytes: int, data: memoryview) -> None:
@@ -114,28 +129,10 @@ class RegionWriter:
         if self._end - self._begin >= _BATCH_BYTES:
             self.flush()
 
-    def flush(self) -> None:
-        """Hand everything to the operating system. Raises OSError."""
-        buffers, self._pending = self._pending, []
-        while buffers:
-            n_written = os.pwritev(self._descriptor, _beginning(buffers, _CHUNK_BYTES), self._begin)
-            self._begin += n_written
-            if self._progress is not None:
-                self._progress(n_written)
-            _drop_beginning(buffers, n_written)
-
-    def sync(self) -> None:
-        """Have the file on the disk. Raises OSError."""
-        self.flush()
-        os.fsync(self._descriptor)
-
-    def __enter__(self) -> RegionWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)
+    def _write_some(self, buffers: Sequence[memoryview]) -> int:
+        n_written = os.pwritev(self._descriptor, buffers, self._begin)
+        self._begin += n_written
+        return n_written
 
 
 def _drop_beginning(buffers: list[memoryview], n_bytes: int) -> None:
