@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from fastload.storage.devices import CpuDevice, CpuStream, PinnedMemory
+from fastload.storage.cpu_device import CpuDevice, CpuStream
+from fastload.storage.devices import PinnedMemory
 
 
 class CountingDevice(CpuDevice):

@@ -12,7 +12,8 @@ import torch
 
 import fastload
 from fastload.errors import DeviceMemoryError, OptionError
-from fastload.storage.devices import CpuDevice, PinnedMemory, device_for
+from fastload.storage.cpu_device import CpuDevice
+from fastload.storage.devices import PinnedMemory, device_for
 from tests.staging.conftest import mixed_tensors
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -95,7 +96,7 @@ def test_a_forked_child_has_none_of_the_pinned_memory_of_its_parent() -> None:
     script = """
 import os
 from fastload.storage import ring
-from fastload.storage.devices import CpuDevice
+from fastload.storage.cpu_device import CpuDevice
 device = CpuDevice()
 ring._pool.put(device, device.pin(8192))
 child = os.fork()

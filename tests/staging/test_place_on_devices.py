@@ -30,7 +30,8 @@ from fastload.plan.planning import plan_state_dict
 from fastload.plan.rows import Action, LoadPlan, PlanRow
 from fastload.plan.staging import Limits
 from fastload.reports import LoadReport, Stopwatch
-from fastload.storage.devices import CpuDevice, Device
+from fastload.storage.cpu_device import CpuDevice
+from fastload.storage.devices import Device
 from tests.cold import threads, wait_for_no_threads
 from tests.conftest import same_bytes
 from tests.staging.conftest import LIMITS, mixed_tensors

@@ -16,8 +16,8 @@ import torch
 from fastload.checkpoint import Checkpoint
 from fastload.errors import BlockError, TruncatedFileError, UnreadableFileError
 from fastload.placement.device import Staging, stage
+from fastload.storage.cpu_device import CpuDevice
 from fastload.storage.crew import start_thread
-from fastload.storage.devices import CpuDevice
 from fastload.storage.memory import private_bytes
 from fastload.storage.ring import free_pinned_memory, kept_pinned_bytes, pin_ahead
 from tests.cold import threads, wait_for_no_threads

@@ -21,7 +21,7 @@ from fastload.filling import fill_module
 from fastload.options import LoadOptions
 from fastload.placement.device_map import remainder_as_budget
 from fastload.reports import Stopwatch
-from fastload.storage.devices import CpuDevice
+from fastload.storage.cpu_device import CpuDevice
 from tests.cold import wait_for_no_threads
 from tests.conftest import same_bytes
 from tests.staging.devices import CountingDevice

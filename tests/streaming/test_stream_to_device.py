@@ -20,7 +20,7 @@ from fastload.errors import BlockError, DeviceMemoryError, OptionError
 from fastload.filling import fill_module
 from fastload.options import LoadOptions
 from fastload.reports import LoadReport, Stopwatch
-from fastload.storage.devices import CpuDevice
+from fastload.storage.cpu_device import CpuDevice
 from tests.cold import wait_for_no_threads
 from tests.conftest import same_bytes
 from tests.staging.devices import CountingDevice, GatedDevice
