@@ -8,6 +8,7 @@ Beside what all ranks saved, rank 0 saves the whole tensors by itself, for the t
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import product
@@ -126,12 +127,13 @@ def turned(mesh: DeviceMesh, folder: Path) -> Findings:
         nonlocal peak
         peak = max(peak, private_bytes() or 0)
 
+    gc.collect()  # what earlier groups of tensors left may go at any moment, and would be taken for less use
     before = private_bytes() or 0
     fastload.save_state_dict(tensors, folder / "together" / "turned", progress=look, durability="none")
     if rank == 0:
         fastload.save_state_dict({"turned": full}, folder / "alone" / "turned", durability="none")
     dist.barrier()
-    return {"n_more": peak - before, "n_here": part.nbytes}
+    return {"n_looked_at": peak, "n_more": peak - before, "n_here": part.nbytes}
 
 
 def packed(mesh: DeviceMesh, folder: Path) -> Findings:
