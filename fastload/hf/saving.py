@@ -137,11 +137,14 @@ def save_pretrained(
         if inspect.unwrap(type(model).save_pretrained) is not stock and _BY_ITS_OWN.get() is not model:
             _save_by_its_own(model, save_directory, options, kwargs)
             return None
-    if reason := _reason_to_hand_over(model, options):
+    reason, over_ranks = _reason_to_hand_over(model, options), None
+    if not reason and _is_over_ranks(model, options):
+        over_ranks, reason = _collected_over_ranks(model, options)
+    if reason:
         count_save(reason)
         _hand_over(stock, model, save_directory, options, kwargs, reason)
         return None
-    report = _save(model, os.fspath(save_directory), options, kwargs)
+    report = _save(model, os.fspath(save_directory), options, kwargs, over_ranks)
     if report is not None:
         count_save()
     return report
@@ -176,7 +179,7 @@ def _reason_to_hand_over(model: Any, options: Options) -> str:
     if modeling_utils.IS_SAGEMAKER_MP_POST_1_10:
         return "SageMaker model parallelism"
     if _is_over_ranks(model, options):
-        return _reason_over_ranks(model, options)
+        return ""  # `_collected_over_ranks` says more
     tensors = options.state_dict.values() if options.state_dict is not None else model.parameters()
     wrapper = next((tensor for tensor in tensors if is_traceable_wrapper_subclass(tensor)), None)
     return f"tensors of {type(wrapper).__name__}" if wrapper is not None else ""
@@ -189,32 +192,29 @@ def _is_over_ranks(model: Any, options: Options) -> bool:
     return options.state_dict is None and are_laid_out(model.parameters())
 
 
-def _reason_over_ranks(model: Any, options: Options) -> str:
-    """Why ranks cannot save a model together; "" where they can. All of them come to the same answer."""
+def _collected_over_ranks(model: Any, options: Options) -> tuple[OverRanks | None, str]:
+    """What ranks save together, or why they cannot. All of them come to the same answer."""
     if getattr(model, "_pp_stage", None) is not None:
-        return "pipeline parallelism"
+        return None, "pipeline parallelism"
     if options.state_dict is not None:
-        return "a state dict for a model over a device mesh"
+        return None, "a state dict for a model over a device mesh"
     if options.incremental or not options.safe_serialization:
-        return "incremental, or a .bin, over ranks"
+        return None, "incremental, or a .bin, over ranks"
     if not are_laid_out(model.parameters()):
-        return "a device mesh, and no parameter that is laid out over it"
+        return None, "a device mesh, and no parameter that is laid out over it"
     from fastload.distributed.parts import parts_of  # there is a DTensor, so that what it imports is there
-
-    contents = _contents_over_ranks(model, options)
-    try:
-        parts_of(contents.tensors, dict, contents.in_files)
-    except (OptionError, RuntimeError) as error:
-        return f"a layout over ranks, or a conversion of it, that fastload does not know ({error})"
-    return ""
-
-
-def _contents_over_ranks(model: Any, options: Options) -> OverRanks:
     from fastload.hf.collecting import collect_over_ranks
 
-    inner = modeling_utils.unwrap_model(model)
-    max_shard_bytes = parse_size(options.max_shard_size)
-    return collect_over_ranks(inner, original_format=options.save_original_format, max_shard_bytes=max_shard_bytes)
+    contents = collect_over_ranks(
+        modeling_utils.unwrap_model(model),
+        original_format=options.save_original_format,
+        max_shard_bytes=parse_size(options.max_shard_size),
+    )
+    try:
+        parts_of(contents.tensors, dict, contents.in_files)
+    except (OptionError, RuntimeError, ValueError) as error:
+        return None, f"a layout over ranks, or a conversion of it, that fastload does not know ({error})"
+    return contents, ""
 
 
 def _hand_over(
@@ -233,21 +233,22 @@ def _hand_over(
     stock(model, folder, **given, **kwargs)
 
 
-def _save(model: Any, folder: str, options: Options, kwargs: Mapping[str, Any]) -> SaveReport | None:
+def _save(
+    model: Any, folder: str, options: Options, kwargs: Mapping[str, Any], over_ranks: OverRanks | None
+) -> SaveReport | None:
     if os.path.isfile(folder):
         raise SaveError("a model is saved to a folder, and this is a file", file=folder, fix="give another path")
     inner: Any = modeling_utils.unwrap_model(model)
     inner.config.dtype = str(inner.dtype).removeprefix("torch.")
     inner.config.architectures = [type(inner).__name__.removeprefix("FSDP")]
-    is_together = _is_over_ranks(model, options)
-    if not is_together and not model.should_save_on_this_rank(options.is_main_process):
+    if over_ranks is None and not model.should_save_on_this_rank(options.is_main_process):
         os.makedirs(folder, exist_ok=True)
         return None
-    is_uploading = options.push_to_hub and (not is_together or is_first_rank())
+    is_uploading = options.push_to_hub and (over_ranks is None or is_first_rank())
     upload = _prepare_upload(model, folder, options.token, kwargs) if is_uploading else None
     small_files = _small_files(model, inner)
-    if is_together:
-        report = _save_together(inner, folder, options, small_files)
+    if over_ranks is not None:
+        report = _save_together(inner, over_ranks, folder, options, small_files)
     else:
         state_dict = inner.state_dict() if options.state_dict is None else options.state_dict
         report = _save_tensors(inner, state_dict, folder, options, small_files)
@@ -287,8 +288,9 @@ def _save_tensors(
     )
 
 
-def _save_together(model: Any, folder: str, options: Options, small_files: Mapping[str, bytes]) -> SaveReport:
-    contents = _contents_over_ranks(model, options)
+def _save_together(
+    model: Any, contents: OverRanks, folder: str, options: Options, small_files: Mapping[str, bytes]
+) -> SaveReport:
     return save_checkpoint(
         contents.tensors,
         folder,

@@ -100,6 +100,14 @@ def saved(folder: Path, label: str, name: str = "", shard_bytes: int = 10**9, **
     return {"fast saves": hf.stats().fast_saves, "reasons": hf.stats().reasons, "is told": report is not None}
 
 
+def handed_over(folder: Path, **options: Any) -> Findings:
+    """What became of a save that ranks cannot make together."""
+    model, _ = load(folder / "llama")
+    hf.reset_stats()
+    report = hf.save_pretrained(model, folder / "handed over", **options)
+    return {"fast saves": hf.stats().fast_saves, "reasons": hf.stats().reasons, "is told": report is not None}
+
+
 def message(load: Callable[[], object]) -> str:
     try:
         load()
@@ -123,6 +131,7 @@ def find(folder: Path, n_ranks: int) -> Findings:
         "fully sharded": saved(folder, "fully sharded", "mixtral", over={"fsdp_size": 2}),
         SHARDED: saved(folder, SHARDED, "qwen3_moe", SHARD_BYTES),
     }
+    findings["as a .bin"] = handed_over(folder, safe_serialization=False)
     given = load_file(folder / "llama" / "model.safetensors")
     config = transformers.AutoConfig.from_pretrained(folder / "llama")
     how = {"config": config, "state_dict": given}

@@ -95,3 +95,15 @@ def test_ranks_save_together_what_transformers_gathers(ranks: list[Findings], fo
     assert found.keys() == expected.keys() - ({"lm_head.weight"} if label == "qwen3" else set())
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
     assert (mine / "config.json").read_bytes() == (stock / "config.json").read_bytes()
+
+
+def test_what_ranks_cannot_save_together_is_handed_over(ranks: list[Findings], folder: Path) -> None:
+    for findings in ranks:
+        assert findings["as a .bin"] == {
+            "fast saves": 0,
+            "reasons": {"incremental, or a .bin, over ranks": 1},
+            "is told": False,
+        }
+    found, expected = (fastload.load_state_dict(folder / name) for name in ("handed over", "llama"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
