@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def main() -> None:
     rank = dist.get_rank()
     with torch.device("meta"):
         net = fully_sharded(Net(), init_device_mesh("cpu", (dist.get_world_size(),)))
+    end = time.monotonic() + TIMEOUT_S
+    while rank == 1 and not (folder / "loaded-0").exists() and time.monotonic() < end:
+        time.sleep(0.01)  # torchrun would end the first rank, on a busy machine, before it has loaded
     if rank == 1 and way == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     fastload.load_model(net, folder / ("checkpoint" if rank == 0 else "not there"))

@@ -114,11 +114,11 @@ def test_a_rank_may_be_killed_at_any_moment_of_a_save(
 
 
 def torchrun(folder: Path, way: str) -> subprocess.CompletedProcess[str]:
-    """Two ranks of a real torchrun, one of which fails; it looks at them every two seconds only."""
+    """Two ranks of a real torchrun, one of which fails; it looks at them every five seconds only."""
     fastload.save_model(Net(), folder / "checkpoint")
     fastload.save_model(Net(), folder / "out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = ["--monitor-interval", "2", "-m", "tests.distributed.failing_load", str(folder), way]
+    program = ["--monitor-interval", "5", "-m", "tests.distributed.failing_load", str(folder), way]
     return subprocess.run(
         [*command, *program],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
